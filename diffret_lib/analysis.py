@@ -1,0 +1,274 @@
+"""Analyses of the grid of counts and of what the masks predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from diffret_lib.evaluation import holm, macro_interval, macro_randomization_p
+from diffret_lib.prompts import ENGLISH_STOP_WORDS, Task, content_words
+from diffret_lib.representations import Representations
+from diffret_lib.retrievers import Retriever
+from diffret_lib.study import METRIC, MODES, SELECTION_MODE, Study
+
+PAIR = ["k_query", "k_passage"]
+
+
+def heat_map(grid: pd.DataFrame, mode: str, metric: str = METRIC) -> pd.DataFrame:
+    """Mean over collections of the mean metric; rows Kq, columns Kp."""
+    cells = grid[(grid["mode"] == mode) & (grid["metric"] == metric)]
+    means = cells.groupby([*PAIR, "collection"])["value"].mean()
+    return means.groupby(PAIR).mean().unstack("k_passage")
+
+
+def transfer(grid: pd.DataFrame, selected: tuple[int, int], mode: str = SELECTION_MODE) -> pd.DataFrame:
+    """The pair selected on training data against each test collection's own best pair (claim 6).
+
+    The own best pair is chosen and scored on the same queries, which favours it: the loss is an upper bound.
+
+    Returns
+    -------
+    DataFrame
+        Columns collection, coverage, queries, selected, best_pair, best, loss, single (the pair (1, 1)).
+    """
+    rows = []
+    for collection, cells in _cells(grid, mode).groupby("collection", sort=False):
+        means = cells.groupby(PAIR)["value"].mean()
+        best = means.idxmax()
+        rows.append(
+            {
+                "collection": collection,
+                "coverage": cells["coverage"].iloc[0],
+                "queries": cells["query_id"].nunique(),
+                "selected": means[selected],
+                "best_pair": f"({best[0]}, {best[1]})",
+                "best": means[best],
+                "loss": means[best] - means[selected],
+                "single": means[1, 1],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def per_query_best(grid: pd.DataFrame, mode: str = SELECTION_MODE) -> pd.DataFrame:
+    """Each query's best pair; of pairs that tie, the one with the fewest vectors, then the smallest Kq.
+
+    Returns
+    -------
+    DataFrame
+        Columns collection, query_id, k_query, k_passage, value, ties (pairs that share the best value) and
+        worst (the value of the worst pair).
+    """
+    cells = _cells(grid, mode).assign(cost=lambda d: d["k_query"] * d["k_passage"])
+    ordered = cells.sort_values(
+        ["collection", "query_id", "value", "cost", "k_query"], ascending=[True, True, False, True, True], kind="stable"
+    )
+    groups = ordered.groupby(["collection", "query_id"], sort=False)
+    best = groups.first()[["k_query", "k_passage", "value"]]
+    best["ties"] = groups["value"].agg(lambda v: int(np.isclose(v, v.max()).sum()))
+    best["worst"] = groups["value"].min()
+    return best.reset_index()
+
+
+def oracle_table(grid: pd.DataFrame, selected: tuple[int, int], mode: str = SELECTION_MODE) -> pd.DataFrame:
+    """Fixed pairs and the per-query oracle (claim 7), first form.
+
+    Returns
+    -------
+    DataFrame
+        Columns collection, coverage, queries, single, selected, best_fixed_pair, best_fixed, oracle, headroom
+        (oracle less best fixed) and tied (share of the queries for which all pairs are equally good).
+    """
+    best = per_query_best(grid, mode).groupby("collection", sort=False)
+    pairs = _cells(grid, mode).groupby(PAIR).ngroups
+    table = transfer(grid, selected, mode).rename(columns={"best_pair": "best_fixed_pair", "best": "best_fixed"})
+    table["oracle"] = table["collection"].map(best["value"].mean())
+    table["headroom"] = table["oracle"] - table["best_fixed"]
+    table["tied"] = table["collection"].map(best["ties"].agg(lambda t: float(np.mean(t == pairs))))
+    columns = ["single", "selected", "best_fixed_pair", "best_fixed", "oracle", "headroom", "tied"]
+    return table[["collection", "coverage", "queries", *columns]]
+
+
+def pair_distribution(best: pd.DataFrame, grid_values: Sequence[int]) -> pd.DataFrame:
+    """Share of the queries, in percent, whose best pair is (Kq, Kp); queries on which all pairs tie left out."""
+    undecided = best["ties"] == len(grid_values) ** 2
+    counts = best[~undecided].groupby(PAIR).size().unstack("k_passage")
+    counts = counts.reindex(index=list(grid_values), columns=list(grid_values)).fillna(0.0)
+    return 100 * counts / max(1.0, counts.to_numpy().sum())
+
+
+def _cells(grid: pd.DataFrame, mode: str) -> pd.DataFrame:
+    return grid[(grid["mode"] == mode) & (grid["metric"] == METRIC)]
+
+
+def predicted_tokens(retriever: Retriever, texts: Sequence[str], task: Task = "document") -> list[list[str]]:
+    """The greedy token at each position that the retriever reads, up to the first special token."""
+    reader = retriever.reader
+    rows = []
+    for text in texts:
+        features: dict[str, Any] = reader.preprocess([text], task=task)
+        features = {k: v.to(retriever.backbone.device) if torch.is_tensor(v) else v for k, v in features.items()}
+        with torch.inference_mode():
+            out = reader(features)
+        ids = out["predicted_ids"][0][out["attention_mask"][0].bool()]
+        rows.append([reader.tokenizer.decode([i]) for i in ids.tolist()])
+    return rows
+
+
+def share_of_content(tokens: Sequence[str], text: str) -> dict[str, float]:
+    """How many predicted tokens are (beginnings of) content words, and of content words of this text.
+
+    Returns
+    -------
+    dict
+        ``content``: share of the tokens that are letters and no stop word; ``in_text``: share of the tokens
+        that begin a content word of the text.
+    """
+    words = content_words(text)
+    cleaned = [t.strip().lower() for t in tokens]
+    content = [t for t in cleaned if len(t) > 1 and t.isalnum() and t not in ENGLISH_STOP_WORDS]
+    inside = [t for t in content if any(w.startswith(t) for w in words)]
+    n = max(1, len(cleaned))
+    return {"content": len(content) / n, "in_text": len(inside) / n}
+
+
+def mask_words_table(study: Study, texts: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What one mask and four masks predict for passages, beside the parent's next token and its answer.
+
+    Returns
+    -------
+    words : DataFrame
+        One row a passage.
+    shares : DataFrame
+        For each reading the mean of :func:`share_of_content`.
+    """
+    readings = {
+        "one mask": study.diffretriever(1, 1),
+        "four masks": study.diffretriever(4, 4),
+        "parent, next token": study.promptreps(0),
+        "parent, decoded": study.promptreps(4),
+    }
+    tokens = {name: predicted_tokens(retriever, texts) for name, retriever in readings.items()}
+    words = pd.DataFrame({"passage": [text[:60].replace("\n", " ") + " ..." for text in texts]})
+    shares = []
+    for name, rows in tokens.items():
+        words[name] = [" ".join(t.strip() or "␣" for t in row) for row in rows]
+        measured = pd.DataFrame([share_of_content(r, t) for r, t in zip(rows, texts, strict=True)]).mean()
+        shares.append({"reading": name, **measured})
+    return words, pd.DataFrame(shares)
+
+
+def reading_table(study: Study, texts: Sequence[str], task: Task) -> pd.DataFrame:
+    """Tokens that DiffRetriever (K = 1, 4) and PromptReps (single, multi) read, one row a text."""
+    n = study.profile.promptreps_max_tokens
+    columns = {
+        "DiffRetriever K=1": study.diffretriever(1, 1),
+        "DiffRetriever K=4": study.diffretriever(4, 4),
+        "PromptReps single": study.promptreps(0),
+        f"PromptReps multi (N={n})": study.promptreps(n),
+    }
+    table = pd.DataFrame({"text": [t[:70].replace("\n", " ") for t in texts]})
+    for name, retriever in columns.items():
+        table[name] = ["·".join(t.strip() or "␣" for t in row) for row in predicted_tokens(retriever, texts, task)]
+    return table
+
+
+def mean_self_similarity(representations: Representations) -> float:
+    """Mean cosine between the vectors of one text, over texts with two vectors or more."""
+    means = []
+    for vectors, n in zip(representations.dense, representations.lengths, strict=True):
+        if n > 1:
+            gram = vectors[:n] @ vectors[:n].T
+            means.append((gram.sum() - n) / (n * (n - 1)))
+    return float(np.mean(means)) if means else float("nan")
+
+
+def grid_table(grid: pd.DataFrame) -> pd.DataFrame:
+    """Means over queries: columns collection, coverage, mode, k_query, k_passage, metric, value."""
+    keys = ["collection", "coverage", "mode", *PAIR, "metric"]
+    return grid.groupby(keys, sort=False)["value"].mean().reset_index()
+
+
+def zero_shot_table(per_query: pd.DataFrame) -> pd.DataFrame:
+    """Means over queries: columns system, family, mode, k_query, k_passage, collection, metric, value, coverage."""
+    keys = ["system", "family", "mode", "k_query", "k_passage", "collection", "metric"]
+    table = per_query.groupby([*keys, "coverage"], sort=False, dropna=False)["value"].mean().reset_index()
+    table[PAIR] = table[PAIR].astype("Int64")
+    return table[[*keys, "value", "coverage"]]
+
+
+def zero_shot_wide(table: pd.DataFrame, out_of_domain: Sequence[str], metric: str = METRIC) -> pd.DataFrame:
+    """One row a system and mode, a column a collection, and the macro average of the out-of-domain ones."""
+    cells = table[table["metric"] == metric]
+    wide = cells.pivot_table(index=["system", "mode"], columns="collection", values="value", sort=False)
+    wide["macro"] = wide[list(out_of_domain)].mean(axis=1)
+    return wide.rename(columns=lambda c: c.removeprefix("pydocs/")).rename_axis(columns=None).reset_index()
+
+
+def system_intervals(
+    per_query: pd.DataFrame, collections: Sequence[str], resamples: int, seed: int, metric: str = METRIC
+) -> pd.DataFrame:
+    """Macro averages with bootstrap intervals (queries resampled within each collection)."""
+    chosen = per_query[(per_query["metric"] == metric) & per_query["collection"].isin(collections)]
+    rows = []
+    for (system, mode), cells in chosen.groupby(["system", "mode"], sort=False):
+        values = {c: v["value"].to_numpy() for c, v in cells.groupby("collection", sort=False)}
+        value, low, high = macro_interval(values, resamples, seed)
+        rows.append({"system": system, "mode": mode, "value": value, "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+#: The paired comparisons of the zero-shot study: (better by the paper's claims, than), both in the same mode.
+COMPARISONS = (
+    ("DiffRetriever single", "DiffEmbed", "dense"),
+    *(("DiffRetriever multi", "DiffRetriever single", mode) for mode in MODES),
+    *(("PromptReps multi", "PromptReps single", mode) for mode in MODES),
+    *(("DiffRetriever single", "PromptReps single", mode) for mode in MODES),
+    *(("DiffRetriever multi", "PromptReps multi", mode) for mode in MODES),
+    ("DiffEmbed", "Mean pooling", "dense"),
+)
+
+
+def compare_systems(
+    per_query: pd.DataFrame,
+    comparisons: Sequence[tuple[str, str, str]],
+    collections: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+    metric: str = METRIC,
+) -> pd.DataFrame:
+    """Paired differences over the queries of several collections, macro-averaged.
+
+    The test is a sign-flipping randomisation test of the macro difference; p-values are corrected by Holm
+    over the comparisons; the interval is a bootstrap over queries within each collection.
+
+    Returns
+    -------
+    DataFrame
+        Columns better, than, mode, queries, difference, low, high, p, p_corrected, reading.
+    """
+    chosen = per_query[(per_query["metric"] == metric) & per_query["collection"].isin(collections)]
+    rows = []
+    for better, than, mode in comparisons:
+        sides = []
+        for name in (better, than):
+            cells = chosen[chosen["system"].str.startswith(name) & (chosen["mode"] == mode)]
+            sides.append(cells.set_index(["collection", "query_id"])["value"])
+        differences = (sides[0] - sides[1]).dropna()
+        if len(differences) != len(sides[0]) or len(differences) != len(sides[1]):
+            raise ValueError(f"{better} and {than} ({mode}) were not evaluated on the same queries")
+        values = {c: v.to_numpy() for c, v in differences.groupby(level="collection", sort=False)}
+        difference, low, high = macro_interval(values, resamples, seed)
+        p = macro_randomization_p(values, resamples, seed)
+        rows.append({"better": better, "than": than, "mode": mode, "queries": len(differences),
+                     "difference": difference, "low": low, "high": high, "p": p})  # fmt: skip
+    table = pd.DataFrame(rows)
+    table["p_corrected"] = holm(table["p"].to_numpy())
+    above, clear = table["difference"] > 0, table["p_corrected"] < 0.05
+    table["reading"] = np.select([clear & above, clear & ~above], ["better", "worse"], "no clear difference")
+    return table

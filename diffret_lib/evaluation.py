@@ -1,0 +1,337 @@
+"""Metrics, paired comparisons and confidence intervals, on per-query values.
+
+Metrics come from :mod:`ranx`, tests and intervals from :mod:`scipy.stats` and :mod:`statsmodels`.  Arrays of
+per-query values are in the order of the sorted query ids of the qrels, so that those of two runs pair up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import ranx
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from diffret_lib.cache import atomic_path
+
+METRICS = ("ndcg@10", "mrr@10", "recall@100")
+Test = Literal["student", "fisher"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Values of a run.
+
+    Attributes
+    ----------
+    query_ids : list of str
+        Sorted.
+    per_query : dict of metric to ndarray of float, shape (n_queries,)
+    """
+
+    query_ids: list[str]
+    per_query: dict[str, np.ndarray]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Metric to mean over the queries."""
+        return {metric: float(values.mean()) for metric, values in self.per_query.items()}
+
+
+def evaluate_run(qrels: ranx.Qrels, run: ranx.Run, metrics: Sequence[str] = METRICS) -> Evaluation:
+    """Evaluate a run on every query of the qrels.
+
+    Parameters
+    ----------
+    qrels : ranx.Qrels
+        With at least one relevant passage for each query.
+    run : ranx.Run
+        Is not changed.  A query that it lacks counts with nothing retrieved; one that the qrels lack is left
+        out.
+    metrics : sequence of str
+        Names of ranx, such as ``"ndcg@10"``.
+
+    Raises
+    ------
+    ValueError
+        For an unknown metric, empty qrels, or a run that shares no query with them.
+    """
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    query_ids = sorted(str(q) for q in qrels.keys())  # noqa: SIM118  (ranx.Qrels is no mapping)
+    if not query_ids:
+        raise ValueError("the qrels have no queries")
+    answered = set(run.keys())
+    if answered.isdisjoint(query_ids) and answered:
+        raise ValueError(
+            f"the run and the qrels share no query: the run has {sorted(answered)[0]!r} and others, "
+            f"the qrels {query_ids[0]!r} and others"
+        )
+    own = ranx.Run(name=run.name)  # ranx writes the values into the run
+    own.run, own.sorted = run.run.copy(), run.sorted
+    try:
+        ranx.evaluate(qrels, own, metrics, make_comparable=True)
+    except (KeyError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"cannot compute {', '.join(metrics)}: {error}") from error
+    return Evaluation(query_ids, {m: np.array([own.scores[m][q] for q in query_ids], float) for m in metrics})
+
+
+def per_query(qrels: ranx.Qrels, run: ranx.Run, metrics: Sequence[str] = METRICS) -> dict[str, np.ndarray]:
+    """Metric to per-query values, in the order of the sorted query ids; see :func:`evaluate_run`."""
+    return evaluate_run(qrels, run, metrics).per_query
+
+
+# -- comparison --------------------------------------------------------------------------------------------
+
+
+def paired_p_value(a: np.ndarray, b: np.ndarray, test: Test = "student", *, resamples: int = 9999, seed: int = 0) -> float:
+    """Two-sided p-value of a paired test that two systems have the same mean.
+
+    Parameters
+    ----------
+    a, b : ndarray of float, shape (n,)
+        Values of the same queries.
+    test : {"student", "fisher"}
+        Student's paired t-test, or Fisher's randomisation test (signs of the differences flipped; all
+        2^n ways where these are no more than ``resamples``).
+
+    Returns
+    -------
+    float
+        1 where no query differs; nan for fewer than two queries.
+    """
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"paired values must be of one shape (n,), not {a.shape} and {b.shape}")
+    difference = a - b
+    if len(difference) < 2:
+        return float("nan")
+    if not difference.any():
+        return 1.0
+    if test == "student":
+        if not np.ptp(difference):
+            return 0.0
+        return float(stats.ttest_rel(a, b).pvalue)
+    if test == "fisher":
+        return _flip_signs(difference, resamples, seed)
+    raise ValueError(f"test must be 'student' or 'fisher', not {test!r}")
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Holm's step-down correction of a family of p-values; nan stays nan and is not of the family."""
+    p_values = np.asarray(p_values, float)
+    corrected = np.full(p_values.shape, np.nan)
+    known = ~np.isnan(p_values)
+    if known.any():
+        corrected[known] = multipletests(p_values[known], method="holm")[1]
+    return corrected
+
+
+def compare(
+    values: Mapping[str, np.ndarray],
+    *,
+    baseline: str | None = None,
+    test: Test = "student",
+    alpha: float = 0.05,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Paired tests over a family of comparisons, corrected by Holm's method.
+
+    Parameters
+    ----------
+    values : dict of system to ndarray of float, shape (n,)
+        Per-query values of the same queries in the same order.
+    baseline : str, optional
+        Compare every other system with this one; by default every pair is compared.
+    test : {"student", "fisher"}
+    alpha : float
+        Familywise error rate.
+
+    Returns
+    -------
+    DataFrame
+        A row for each comparison: system, other (the baseline), queries, mean, mean_other, difference,
+        p_value, p_holm, significant.
+    """
+    sizes = {name: len(v) for name, v in values.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"paired values must be of the same queries; numbers of queries: {sizes}")
+    if baseline is not None and baseline not in values:
+        raise ValueError(f"there is no system {baseline!r}; there are {', '.join(values)}")
+    pairs = (
+        list(itertools.combinations(values, 2))
+        if baseline is None
+        else [(name, baseline) for name in values if name != baseline]
+    )
+    rows = []
+    for a, b in pairs:
+        x, y = np.asarray(values[a], float), np.asarray(values[b], float)
+        p = paired_p_value(x, y, test, resamples=resamples, seed=seed)
+        rows.append((a, b, len(x), x.mean(), y.mean(), (x - y).mean(), p))
+    frame = pd.DataFrame(rows, columns=["system", "other", "queries", "mean", "mean_other", "difference", "p_value"])
+    frame["p_holm"] = holm(frame["p_value"]) if len(frame) else []
+    return frame.assign(significant=frame["p_holm"] <= alpha)
+
+
+# -- averages over collections -----------------------------------------------------------------------------
+
+
+def macro_average(values: Mapping[str, np.ndarray]) -> float:
+    """Mean over collections of the means over their queries."""
+    if not values:
+        raise ValueError("no collections to average over")
+    for name, v in values.items():
+        if not len(v):
+            raise ValueError(f"the collection {name!r} has no values")
+    return float(np.mean([np.mean(v) for v in values.values()]))
+
+
+def bootstrap_interval(
+    values: np.ndarray, resamples: int = 2000, seed: int = 0, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean over queries and its percentile bootstrap interval; see :func:`macro_interval`."""
+    return macro_interval({"": values}, resamples, seed, confidence)
+
+
+def macro_interval(
+    values: Mapping[str, np.ndarray], resamples: int = 2000, seed: int = 0, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Macro average and its percentile bootstrap interval, stratified: queries are drawn within each collection.
+
+    Parameters
+    ----------
+    values : dict of collection to ndarray of float, shape (n_queries,)
+        For a difference, the per-query differences.
+
+    Returns
+    -------
+    value, low, high : float
+        The bounds are nan where a collection has fewer than two queries; where no value varies within its
+        collection, they are the average itself.
+    """
+    value = macro_average(values)
+    samples = [np.asarray(v, float) for v in values.values()]
+    if min(map(len, samples)) < 2:
+        return value, float("nan"), float("nan")
+    if not any(np.ptp(s) for s in samples):
+        return value, value, value
+
+    def average(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.mean([part.mean(axis=axis) for part in parts], axis=0)
+
+    interval = stats.bootstrap(
+        samples,
+        average,
+        n_resamples=resamples,
+        batch=200,
+        vectorized=True,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return value, float(interval.low), float(interval.high)
+
+
+def macro_randomization_p(differences: Mapping[str, np.ndarray], resamples: int = 9999, seed: int = 0) -> float:
+    """Two-sided p-value of Fisher's randomisation test that the macro average of paired differences is 0.
+
+    The signs of the per-query differences are flipped, in all collections at once, and the macro average is
+    the statistic: a collection counts the same however many queries it has.
+
+    Parameters
+    ----------
+    differences : dict of collection to ndarray of float, shape (n_queries,)
+
+    Returns
+    -------
+    float
+        1 where no query differs.
+    """
+    macro_average(differences)  # checks
+    # each value with the weight that it has in the average: its sum is then the macro average
+    parts = [np.asarray(v, float) / (len(v) * len(differences)) for v in differences.values()]
+    weighted = np.concatenate(parts)
+    if not weighted.any():
+        return 1.0
+    return _flip_signs(weighted, resamples, seed)
+
+
+def _flip_signs(differences: np.ndarray, resamples: int, seed: int) -> float:
+    """Of a paired randomisation test with the sum of the differences as the statistic."""
+    result = stats.permutation_test(
+        (differences,),
+        np.sum,
+        permutation_type="samples",
+        n_resamples=resamples,
+        batch=200,
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
+
+
+# -- runs on disk ------------------------------------------------------------------------------------------
+
+
+def save_run(run: ranx.Run, path: str | os.PathLike[str]) -> None:
+    """Write a run in TREC's format (``query Q0 passage rank score tag``), which cannot hold queries without results.
+
+    The tag is the run's name, its whitespace as ``_``.
+
+    Raises
+    ------
+    ValueError
+        When a query or passage id is empty or has whitespace, which the format cannot hold.
+    """
+    for query, ranked in run.run.items():
+        for kind, name in (("query", query), *(("passage", passage) for passage in ranked)):
+            if not name or len(name.split()) != 1 or name != name.strip():
+                raise ValueError(f"the {kind} id {name!r} is empty or has whitespace, which a TREC run cannot hold")
+    own = ranx.Run(name=re.sub(r"\s+", "_", (run.name or "").strip()) or "run")
+    own.run, own.sorted = run.run, run.sorted
+    with atomic_path(path) as temporary:
+        own.save(str(temporary), kind="trec")
+
+
+def load_run(path: str | os.PathLike[str], name: str | None = None) -> ranx.Run:
+    """Read a run in TREC's format.
+
+    Parameters
+    ----------
+    path : path
+    name : str, optional
+        Of the run; by default the tag in the file.
+
+    Raises
+    ------
+    ValueError
+        Naming file and line, for a line that is not ``query Q0 passage rank score tag``, or a passage that
+        a query has twice.
+    """
+    path = Path(path)
+    seen: Counter[tuple[str, str]] = Counter()
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            parts = line.split()
+            try:
+                if len(parts) != 6:
+                    raise ValueError(f"it has {len(parts)} columns, and a TREC run has 6")
+                if not np.isfinite(float(parts[4])):
+                    raise ValueError(f"the score {parts[4]} is not finite")
+                seen[parts[0], parts[2]] += 1
+                if seen[parts[0], parts[2]] > 1:
+                    raise ValueError(f"query {parts[0]!r} has passage {parts[2]!r} twice")
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    if not seen:
+        return ranx.Run(name=name)
+    return ranx.Run.from_file(str(path), kind="trec", name=name)

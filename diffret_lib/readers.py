@@ -1,0 +1,381 @@
+"""Readers: the modules of sentence-transformers that turn a text into dense vectors and sparse weights.
+
+One reader is one way to read a language model:
+
+===========================  =========================================================================
+:class:`MaskedPositions`     DiffRetriever: K masked positions after the prompt, one forward pass
+:class:`NextTokens`          PromptReps: the last prompt token, and tokens decoded one after another
+:class:`MeanOfTokens`        DiffEmbed (diffusion) and mean pooling (autoregressive): no prompt, no mask
+===========================  =========================================================================
+
+A reader is an :class:`~sentence_transformers.base.modules.InputModule`.  It writes ``token_embeddings``
+[batch, K, H] and ``attention_mask`` [batch, K] (which vectors count), so that it is a whole
+``MultiVectorEncoder``, and ``sentence_embedding`` [batch, V] (the sparse weights), so that it is a whole
+``SparseEncoder``; both come out of the same forward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from sentence_transformers.base.modules import InputModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from diffret_lib.prompts import ContentTokens, RetrievalPrompt, Task, encode_plain
+
+#: Rows of [batch * K, V] logits that are held at once.
+_HEAD_ROWS = 512
+
+
+class Reader(InputModule):
+    """What the readers share: the language model, the sparse side, saving and loading.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal LM of transformers; a diffusion LM has ``config.is_causal`` false.
+    tokenizer : PreTrainedTokenizerBase
+    max_query_tokens, max_passage_tokens : int
+        Tokens of the text that are read; the rest is cut.
+    sparse_top_k : int, optional
+        Keep the largest weights of each position only (the reference code: 128 to 256).
+    quantize : bool
+        Weights as ``int(100 w)``, as the reference code stores them.
+    """
+
+    config_file_name = "reader_config.json"
+    config_keys = ["max_query_tokens", "max_passage_tokens", "sparse_top_k", "quantize"]
+    #: Whether ``sentence_embedding`` is written.
+    has_sparse = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_query_tokens: int = 64,
+        max_passage_tokens: int = 256,
+        sparse_top_k: int | None = None,
+        quantize: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("max_query_tokens", max_query_tokens), ("max_passage_tokens", max_passage_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_query_tokens, self.max_passage_tokens = max_query_tokens, max_passage_tokens
+        self.sparse_top_k, self.quantize = sparse_top_k, quantize
+        self.content_tokens = ContentTokens(tokenizer)
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.register_buffer("special_ids", torch.tensor(sorted(special | set(tokenizer.all_special_ids))), False)
+
+    @property
+    def bidirectional(self) -> bool:
+        return not getattr(self.model.config, "is_causal", True)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    def max_text_tokens(self, task: Task) -> int:
+        return self.max_query_tokens if task == "query" else self.max_passage_tokens
+
+    # sentence-transformers asks a model for these
+    def get_embedding_dimension(self) -> int:
+        return self.hidden_size
+
+    def text_ids(self, texts: list[str], task: Task) -> tuple[list[list[int]], list[list[int]]]:
+        """Ids of the cut texts, and the ids of their content words (of what is left after the cut)."""
+        limit = self.max_text_tokens(task)
+        ids = encode_plain(self.tokenizer, texts)
+        content = []
+        for text, row in zip(texts, ids, strict=True):
+            content.append(self.content_tokens(text if len(row) <= limit else self.tokenizer.decode(row[:limit])))
+        return [row[:limit] for row in ids], content
+
+    def pad_left(self, rows: list[list[int]]) -> dict[str, Tensor]:
+        width = max(1, max(map(len, rows)))
+        pad = self.tokenizer.pad_token_id
+        return {
+            "input_ids": torch.tensor([[pad] * (width - len(r)) + r for r in rows]),
+            "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]),
+        }
+
+    def body(self, input_ids: Tensor, mask: Tensor, past: DynamicCache | None = None, **kwargs: Any) -> Tensor:
+        """Last hidden states after the final norm, without the vocabulary projection; [batch, length, H].
+
+        ``mask`` covers what ``past`` holds as well.
+        """
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        if self.bidirectional:
+            # the attention kernel asks the layer, not the configuration, when there is no mask
+            kwargs["is_causal"] = False
+        return self.model.get_decoder()(
+            input_ids=input_ids,
+            attention_mask=None if bool(mask.all()) else mask,
+            position_ids=positions,
+            past_key_values=past,
+            use_cache=past is not None,
+            **kwargs,
+        ).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits of chosen positions; the mask token is never predicted."""
+        return self.model.get_output_embeddings()(hidden)
+
+    def read(self, hidden: Tensor, valid: Tensor, content_ids: Tensor | None) -> dict[str, Tensor]:
+        """Normalise the vectors and make the sparse weights.
+
+        Parameters
+        ----------
+        hidden : Tensor [batch, K, H]
+        valid : bool Tensor [batch, K]
+        content_ids : int64 Tensor [batch, C], -1 where a text has fewer content tokens; None: no sparse side
+
+        Returns
+        -------
+        dict
+            ``token_embeddings`` float [batch, K, H], zero where not valid; ``attention_mask`` int [batch, K];
+            ``sentence_embedding`` float [batch, V] if there is a sparse side; ``predicted_ids`` int [batch, K].
+        """
+        out: dict[str, Tensor] = {}
+        if content_ids is not None:
+            greedy, sparse = [], []
+            step = max(1, _HEAD_ROWS // hidden.shape[1])
+            for start in range(0, len(hidden), step):
+                part = slice(start, start + step)
+                logits = self.logits(hidden[part])
+                greedy.append(logits.argmax(-1))
+                ok = valid[part] & self.before_special(greedy[-1])
+                sparse.append(self.sparse_weights(logits, ok, content_ids[part]))
+            out["predicted_ids"] = torch.cat(greedy)
+            out["sentence_embedding"] = torch.cat(sparse)
+            valid = valid & self.before_special(out["predicted_ids"])
+        out["token_embeddings"] = F.normalize(hidden.float(), dim=-1) * valid[..., None]
+        out["attention_mask"] = valid.long()
+        return out
+
+    def before_special(self, predicted_ids: Tensor) -> Tensor:
+        """Which positions count: from a special token on none does; one at the first position has no effect."""
+        special = torch.isin(predicted_ids, self.special_ids)
+        special[:, 0] = False
+        return special.long().cumsum(1) == 0
+
+    def sparse_weights(self, logits: Tensor, valid: Tensor, content_ids: Tensor) -> Tensor:
+        """log(1 + ReLU(logit)) at the content tokens, the largest over the positions; float [batch, V]."""
+        index = content_ids.clamp(min=0)[:, None].expand(-1, logits.shape[1], -1)
+        chosen = logits.gather(2, index).float() * (content_ids >= 0)[:, None] * valid[..., None]
+        weights = torch.log1p(F.relu(chosen))
+        if self.sparse_top_k is not None and weights.shape[2] > self.sparse_top_k:
+            least = weights.topk(self.sparse_top_k, dim=2).values[..., -1:]
+            weights = weights * (weights >= least)
+        weights = weights.amax(1)
+        if self.quantize:
+            weights = torch.floor(100 * weights)
+        out = torch.zeros(len(logits), logits.shape[2], device=logits.device)
+        return out.scatter_reduce(1, content_ids.clamp(min=0), weights, "amax")
+
+    def content_tensor(self, content: list[list[int]]) -> Tensor:
+        width = max(1, max(map(len, content), default=1))
+        return torch.tensor([row + [-1] * (width - len(row)) for row in content], dtype=torch.long)
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Weights (safetensors), tokenizer and the reader's settings into one folder."""
+        self.model.save_pretrained(output_path)
+        self.save_tokenizer(output_path)
+        self.save_config(output_path)
+
+    @classmethod
+    def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> Reader:
+        """Load what :meth:`save` wrote, from a folder or from the hub."""
+        hub = {k: kwargs[k] for k in ("token", "cache_folder", "revision", "local_files_only") if k in kwargs}
+        config = cls.load_config(model_name_or_path, subfolder=subfolder, **hub)
+        if not config:
+            raise FileNotFoundError(f"{model_name_or_path} has no {cls.config_file_name}: it does not hold a reader")
+        hub["cache_dir"] = hub.pop("cache_folder", None)
+        model = AutoModelForCausalLM.from_pretrained(model_name_or_path, subfolder=subfolder, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, subfolder=subfolder, **hub)
+        return cls(model.eval(), tokenizer, **config)
+
+
+class MaskedPositions(Reader):
+    """DiffRetriever's reader: the prompt, K mask tokens, the tail; one forward pass (arXiv 2605.07210, section 3).
+
+    Parameters
+    ----------
+    mask_id : int
+        Id of the mask token.
+    k_query, k_passage : int
+        Number of masks for a query and for a passage (Kq, Kp).  K = 1 asks for one word, K > 1 for a few.
+    prediction_shift : bool
+        ``True`` reads token i at position i - 1, as models adapted from an autoregressive LM predict it (Dream);
+        ``False`` at position i.  The vectors are the hidden states at the positions that are read.
+    """
+
+    config_keys = [*Reader.config_keys, "mask_id", "k_query", "k_passage", "prediction_shift"]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        mask_id: int,
+        k_query: int = 1,
+        k_passage: int = 1,
+        prediction_shift: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, tokenizer, **kwargs)
+        for name, value in (("k_query", k_query), ("k_passage", k_passage)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        self.mask_id, self.prediction_shift = mask_id, prediction_shift
+        self.k_query, self.k_passage = k_query, k_passage
+
+    def mask_count(self, task: Task) -> int:
+        return self.k_query if task == "query" else self.k_passage
+
+    def preprocess(self, inputs: list[str], prompt: str | None = None, task: Task | None = None, **kwargs: Any):
+        """Left-padded ids of prompt, masks and tail; without a task a text is a passage."""
+        task = task or "document"
+        k = self.mask_count(task)
+        template = RetrievalPrompt(self.tokenizer, task, few_words=k > 1)
+        texts, content = self.text_ids([(prompt or "") + text for text in inputs], task)
+        rows = [[*template.left, *row, *template.right, *[self.mask_id] * k, *template.tail] for row in texts]
+        return self.pad_left(rows) | {
+            "content_ids": self.content_tensor(content),
+            "first_mask": len(template.tail) + k,
+            "mask_count": k,
+        }
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = super().logits(hidden)
+        logits[..., self.mask_id] = -torch.inf
+        return logits
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        hidden = self.body(features["input_ids"], features["attention_mask"])
+        start = hidden.shape[1] - features["first_mask"] - int(self.prediction_shift)
+        hidden = hidden[:, start : start + features["mask_count"]]
+        valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        return features | self.read(hidden, valid, features["content_ids"])
+
+
+class NextTokens(Reader):
+    """PromptReps' reader (arXiv 2404.18424): the last prompt token; then greedy decoding, a vector a token.
+
+    Vector 0 is the last prompt token's, vector j the one after the j-th decoded token.  Decoding ends at the
+    closing quote, at an end-of-turn or end-of-sequence token, or after ``max_new_tokens`` tokens.  The left
+    part of the prompt is computed once; sequences that ended leave the batch.
+
+    Parameters
+    ----------
+    max_new_tokens : int
+        0: a single vector, and the prompt asks for one word.  N > 0: up to 1 + N vectors, a few words.
+    """
+
+    config_keys = [*Reader.config_keys, "max_new_tokens"]
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(model, tokenizer, **kwargs)
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must not be negative, not {max_new_tokens}")
+        self.max_new_tokens = max_new_tokens
+        self._left: dict[tuple, DynamicCache] = {}
+        self._ends_answer: dict[int, bool] = {}
+
+    def preprocess(self, inputs: list[str], prompt: str | None = None, task: Task | None = None, **kwargs: Any):
+        """Left-padded ids of the text and the right part of the prompt; the left part is added in the forward."""
+        task = task or "document"
+        template = RetrievalPrompt(self.tokenizer, task, few_words=self.max_new_tokens > 0)
+        texts, content = self.text_ids([(prompt or "") + text for text in inputs], task)
+        rows = [[*row, *template.right] for row in texts]
+        return self.pad_left(rows) | {"content_ids": self.content_tensor(content), "left_ids": template.left}
+
+    def left_cache(self, left_ids: tuple[int, ...], batch: int) -> DynamicCache:
+        """Keys and values of the constant left part, for a batch."""
+        weight = self.model.get_input_embeddings().weight
+        if self.training or torch.is_grad_enabled():
+            cache = self._prefill(left_ids)  # weights may change, gradients may be wanted
+        else:
+            key = (left_ids, weight.device, weight.dtype)
+            if key not in self._left:
+                self._left = {key: self._prefill(left_ids)}
+            cache = copy.deepcopy(self._left[key])
+        cache.batch_repeat_interleave(batch)
+        return cache
+
+    def _prefill(self, left_ids: tuple[int, ...]) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        ids = torch.tensor([left_ids], device=self.model.device)
+        self.body(ids, torch.ones_like(ids), past=cache)
+        return cache
+
+    def train(self, mode: bool = True) -> NextTokens:
+        self._left = {}
+        return super().train(mode)
+
+    def ends_answer(self, ids: Tensor) -> Tensor:
+        """Whether a token closes the answer: a special token, or one that holds the closing quote."""
+        for i in set(ids.tolist()) - self._ends_answer.keys():
+            self._ends_answer[i] = i in self.special_ids or '"' in self.tokenizer.decode([i])
+        return torch.tensor([self._ends_answer[i] for i in ids.tolist()], device=ids.device, dtype=torch.bool)
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        ids, mask = features["input_ids"], features["attention_mask"]
+        left = torch.ones(len(ids), len(features["left_ids"]), dtype=mask.dtype, device=mask.device)
+        mask = torch.cat([left, mask], 1)
+        cache = self.left_cache(features["left_ids"], len(ids))
+        last = self.body(ids, mask, past=cache)[:, -1]
+        hidden = last.new_zeros(len(ids), 1 + self.max_new_tokens, last.shape[-1])
+        valid = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        hidden[:, 0], valid[:, 0] = last, True
+        active = torch.arange(len(ids), device=hidden.device)
+        for j in range(1, 1 + self.max_new_tokens):
+            token = self.logits(last).argmax(-1)
+            goes_on = ~self.ends_answer(token)
+            if not goes_on.any():
+                break
+            if not goes_on.all():
+                active, token, mask = active[goes_on], token[goes_on], mask[goes_on]
+                cache.batch_select_indices(goes_on.nonzero()[:, 0])
+            mask = F.pad(mask, (0, 1), value=1)
+            last = self.body(token[:, None], mask, past=cache)[:, -1]
+            hidden[active, j], valid[active, j] = last, True
+        return features | self.read(hidden, valid, features["content_ids"])
+
+    def before_special(self, predicted_ids: Tensor) -> Tensor:
+        """Decoding has ended before a special token is read; every vector that there is counts."""
+        return torch.ones_like(predicted_ids, dtype=torch.bool)
+
+
+class MeanOfTokens(Reader):
+    """The mean of the last hidden states over the text's tokens: no prompt, no mask, no sparse side.
+
+    DiffEmbed (arXiv 2505.15045) on a diffusion LM; mean pooling, for contrast, on an autoregressive one.
+    An empty text is read as a single end-of-sequence token.
+    """
+
+    has_sparse = False
+
+    def preprocess(self, inputs: list[str], prompt: str | None = None, task: Task | None = None, **kwargs: Any):
+        texts, _ = self.text_ids([(prompt or "") + text for text in inputs], task or "document")
+        return self.pad_left([row or [self.tokenizer.eos_token_id] for row in texts])
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        mask = features["attention_mask"]
+        hidden = self.body(features["input_ids"], mask).float()
+        mean = (hidden * mask[..., None]).sum(1, keepdim=True) / mask.sum(1)[:, None, None]
+        valid = torch.ones(mean.shape[:2], dtype=torch.bool, device=mean.device)
+        return features | self.read(mean, valid, None)

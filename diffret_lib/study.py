@@ -1,0 +1,224 @@
+"""One run of the study: what a profile says, turned into encodings, runs and tables.
+
+Encodings are kept in a content-addressed cache.  Their address covers the backbone's weights, the reader's
+settings (prompt side, K, truncation) and the texts, so that notebooks share them, a second run computes
+nothing, and a change of any of these computes anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import ranx
+
+from diffret_lib.backbones import LoadedBackbone, load_backbone
+from diffret_lib.cache import cache_dir, fingerprint
+from diffret_lib.collection import Collection, load_collection
+from diffret_lib.evaluation import METRICS, per_query
+from diffret_lib.profiles import Profile
+from diffret_lib.prompts import Task
+from diffret_lib.representations import Representations
+from diffret_lib.retrievers import BM25, DiffEmbed, DiffRetriever, MeanPooledAR, PromptReps, Retriever
+
+#: The metric by which counts are selected and systems compared.
+METRIC = "ndcg@10"
+#: The mode in which the pair of counts is selected.
+SELECTION_MODE = "hybrid"
+MODES = ("dense", "sparse", "hybrid")
+
+
+@dataclass(frozen=True)
+class System:
+    """A system of the zero-shot table: a name, a retriever for it, and its counts."""
+
+    name: str
+    family: str
+    retriever: Any
+    k_query: int | None = None
+    k_passage: int | None = None
+
+
+@dataclass
+class Study:
+    """Loads what a profile names, once, and runs retrievers on it.
+
+    Parameters
+    ----------
+    profile : Profile
+    """
+
+    profile: Profile
+    _backbones: dict[str, LoadedBackbone] = field(default_factory=dict, repr=False)
+    _collections: dict[str, Collection] = field(default_factory=dict, repr=False)
+
+    def backbone(self, family: str) -> LoadedBackbone:
+        """The profile's backbone of a family ("diffusion" or "autoregressive")."""
+        if family not in self._backbones:
+            name = getattr(self.profile.backbones, family)
+            self._backbones[family] = load_backbone(name, dtype=self.profile.dtype)
+        return self._backbones[family]
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Truncation and batching, as every retriever takes them."""
+        p = self.profile
+        return {
+            "max_query_tokens": p.max_query_tokens,
+            "max_passage_tokens": p.max_passage_tokens,
+            "batch_tokens": p.batch_tokens,
+        }
+
+    def collection(self, name: str) -> Collection:
+        """A collection, in the sample that the profile asks for."""
+        if name not in self._collections:
+            p = self.profile
+            size = p.train_sample if name == p.train_collection else p.sample
+            whole = load_collection(name)
+            self._collections[name] = whole.sample(size.queries, size.passages, seed=p.seed)
+        return self._collections[name]
+
+    @cached_property
+    def test_collections(self) -> list[Collection]:
+        return [self.collection(name) for name in self.profile.test_collections]
+
+    @property
+    def train_collection(self) -> Collection:
+        return self.collection(self.profile.train_collection)
+
+    @property
+    def out_of_domain(self) -> list[str]:
+        """Names of the test collections of other packages than the training collection's."""
+        domain = self.profile.train_collection.rsplit("-", 1)[0]
+        return [c.name for c in self.test_collections if not c.name.startswith(domain)]
+
+    # -- retrievers ------------------------------------------------------------------------------------
+
+    def diffretriever(self, k_query: int, k_passage: int, **options: Any) -> DiffRetriever:
+        return DiffRetriever(
+            self.backbone("diffusion"), k_query=k_query, k_passage=k_passage, **self.limits, **options
+        )
+
+    def promptreps(self, max_new_tokens: int = 0) -> PromptReps:
+        return PromptReps(self.backbone("autoregressive"), max_new_tokens=max_new_tokens, **self.limits)
+
+    def systems(self, selected: tuple[int, int]) -> list[System]:
+        """The systems of the zero-shot table; ``selected`` is the pair (Kq, Kp) of DiffRetriever multi."""
+        n = self.profile.promptreps_max_tokens
+        return [
+            System("BM25", "lexical", BM25()),
+            System("Mean pooling", "autoregressive", MeanPooledAR(self.backbone("autoregressive"), **self.limits)),
+            System("PromptReps single", "autoregressive", self.promptreps(), 1, 1),
+            System(f"PromptReps multi (N={n})", "autoregressive", self.promptreps(n), 1 + n, 1 + n),
+            System("DiffEmbed", "diffusion", DiffEmbed(self.backbone("diffusion"), **self.limits)),
+            System("DiffRetriever single", "diffusion", self.diffretriever(1, 1), 1, 1),
+            System("DiffRetriever multi", "diffusion", self.diffretriever(*selected), *selected),
+        ]
+
+    # -- encodings -------------------------------------------------------------------------------------
+
+    def encode(self, retriever: Any, collection: Collection, task: Task) -> Representations:
+        """One side of a collection, from the cache or computed (and then kept)."""
+        texts = collection.queries if task == "query" else collection.passages
+        encode = retriever.encode_queries if task == "query" else retriever.encode_passages
+        if not isinstance(retriever, Retriever):
+            return encode(texts)
+        key = fingerprint(retriever.fingerprint(task), texts)
+        return encode(texts, output=cache_dir() / "encodings" / key[:2] / key)
+
+    def runs(self, retriever: Any, collection: Collection, modes: Sequence[str] | None = None) -> dict[str, ranx.Run]:
+        """Rankings of a retriever on a collection, one for each of its modes."""
+        passages = self.encode(retriever, collection, "document")
+        queries = self.encode(retriever, collection, "query")
+        return {
+            mode: retriever.search(
+                queries, passages, mode, self.profile.top_k, collection.query_ids, collection.passage_ids
+            )
+            for mode in modes or retriever.modes
+        }
+
+    def evaluate(self, system: System, collection: Collection) -> pd.DataFrame:
+        """Per-query values of a system on a collection: rows query, columns mode, metric, value and names."""
+        frames = []
+        for mode, run in self.runs(system.retriever, collection).items():
+            values = per_query(collection.ranx_qrels(), run, METRICS)
+            frames.append(_long(values, collection).assign(mode=mode))
+        frame = pd.concat(frames, ignore_index=True)
+        return frame.assign(
+            system=system.name, family=system.family, k_query=system.k_query, k_passage=system.k_passage
+        )
+
+    # -- the grid --------------------------------------------------------------------------------------
+
+    def grid(self, collection: Collection, metrics: Sequence[str] = (METRIC,)) -> pd.DataFrame:
+        """Per-query values of every pair (Kq, Kp) of the grid in every mode.
+
+        Each count is encoded once for queries and once for passages; a pair only searches.
+
+        Returns
+        -------
+        DataFrame
+            Columns collection, coverage, query_id, k_query, k_passage, mode, metric, value.
+        """
+        ks = self.profile.k_grid
+        qrels = collection.ranx_qrels()
+        sides = {k: self.diffretriever(k, k) for k in ks}
+        passages = {k: self.encode(r, collection, "document") for k, r in sides.items()}
+        queries = {k: self.encode(r, collection, "query") for k, r in sides.items()}
+        frames = []
+        for kq, kp, mode in self._cells():
+            run = sides[kq].search(
+                queries[kq], passages[kp], mode, self.profile.top_k, collection.query_ids, collection.passage_ids
+            )
+            values = _long(per_query(qrels, run, metrics), collection)
+            frames.append(values.assign(k_query=kq, k_passage=kp, mode=mode))
+        return pd.concat(frames, ignore_index=True)
+
+    @cached_property
+    def train_grid(self) -> pd.DataFrame:
+        """The grid on the training collection, from which the pair is selected."""
+        return self.grid(self.train_collection)
+
+    @cached_property
+    def test_grid(self) -> pd.DataFrame:
+        """The grid on every test collection."""
+        return pd.concat([self.grid(c) for c in self.test_collections], ignore_index=True)
+
+    @cached_property
+    def selected(self) -> tuple[int, int]:
+        """The pair (Kq, Kp) of DiffRetriever multi, chosen on the training collection alone."""
+        return select_pair(self.train_grid)
+
+    def _cells(self) -> Iterator[tuple[int, int, str]]:
+        for kq in self.profile.k_grid:
+            for kp in self.profile.k_grid:
+                for mode in MODES:
+                    yield kq, kp, mode
+
+
+def _long(values: dict[str, np.ndarray], collection: Collection) -> pd.DataFrame:
+    ids = sorted(collection.qrels)
+    frames = [
+        pd.DataFrame({"query_id": ids, "metric": metric, "value": np.asarray(scores)})
+        for metric, scores in values.items()
+    ]
+    return pd.concat(frames, ignore_index=True).assign(collection=collection.name, coverage=collection.coverage)
+
+
+def select_pair(grid: pd.DataFrame, mode: str = SELECTION_MODE, metric: str = METRIC) -> tuple[int, int]:
+    """The best pair (Kq, Kp) with more than one vector on a side, by mean; of equals the cheaper (smaller Kp, Kq)."""
+    cells = grid[(grid["mode"] == mode) & (grid["metric"] == metric)]
+    cells = cells[(cells["k_query"] > 1) | (cells["k_passage"] > 1)]
+    means = cells.groupby(["k_passage", "k_query"])["value"].mean().round(6)
+    k_passage, k_query = means.idxmax()
+    return int(k_query), int(k_passage)
+
+
+def macro(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Mean over collections of the means over queries, for each combination of ``by``."""
+    means = frame.groupby([*by, "collection"], dropna=False, sort=False)["value"].mean()
+    return means.groupby(level=list(range(len(by))), dropna=False, sort=False).mean().reset_index()
