@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,16 +14,30 @@ import pandas as pd
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from diffret_lib.adaptation import ANSWERS, DOCUMENTATION, Recipe, adapt, read_curves
-from diffret_lib.backbones import load_backbone
+from diffret_lib.adaptation import (
+    ANSWERED_PASSAGES,
+    ANSWERS,
+    DOCUMENTATION,
+    Recipe,
+    adapt,
+    export_adapter,
+    held_out_cross_entropy,
+    pack,
+    read_curves,
+)
+from diffret_lib.backbones import adapter_path, load_backbone
 from diffret_lib.cache import atomic_path, cache_dir, fingerprint
 from diffret_lib.collection import Collection
 from diffret_lib.evaluation import per_query
+from diffret_lib.profiles import load_profile
 from diffret_lib.retrievers import BM25, DiffRetriever, PromptReps
 from diffret_lib.study import METRIC, Study
+from diffret_lib.training_text import COLLECTION_PACKAGES, HELD_OUT_PACKAGES, held_out_texts
 
 #: File beside an adapter with the record of the run that made it.
 LOG = "training_log.json"
+#: What the stage of the package's adapter is called.
+COMMITTED = "committed adapter"
 #: Counts for which retrieval is compared between stages.
 STAGE_COUNTS = (1, 4)
 
@@ -74,11 +89,87 @@ def write_log(work: Path, adapter: Path, retrieval: pd.DataFrame, **more: Any) -
     log = {
         "recipes": [json.loads((Path(work) / s / "recipe.json").read_text()) for s in stages],
         "curve": read_curves(work),
-        "retrieval": retrieval.to_dict("records"),
+        "retrieval": json.loads(retrieval.to_json(orient="records")),
         **more,
     }
     with atomic_path(Path(adapter) / LOG) as temporary:
         Path(temporary).write_text(json.dumps(log, indent=1) + "\n")
+
+
+CARD = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+library_name: peft
+tags: [masked-diffusion, lora]
+---
+
+# SmolLM2-135M-Diffusion
+
+A LoRA adapter and a trained mask-token embedding (`<file_sep>`) that make a masked diffusion language model of
+SmolLM2-135M-Instruct, as Dream was made of Qwen2.5: attention looks both ways, and token i is predicted at
+position i - 1. Weights in bfloat16. Load it with `diffret_lib.backbones.load_backbone("smollm2-135m-diffusion")`.
+
+This page is written by `python -m diffret_lib.adaptation_report` from `training_log.json`.
+
+## Data
+
+Documentation: docstrings and descriptions of installed packages (`diffret_lib/training_text.py`) and of the wheels
+in `notebooks/adaptation-wheels.txt`, the standard library's docstrings, and the Python language reference. No
+package that is a retrieval collection ({collections}) is read, texts that share 13 words in a row with one of their
+docstrings are dropped, and {held_out} are held out.
+
+The second stage adds the retrieval prompt with the answer of SmolLM2-135M-Instruct to it, for {answered} passages and
+a quarter as many queries out of the same documentation. No relevance judgement is used anywhere.
+
+## Recipe
+
+{recipes}
+
+## Held-out cross-entropy
+
+Nats per masked token at the share of masked tokens, on docstrings of the held-out packages.
+
+{losses}
+
+## Zero-shot retrieval at each stage
+
+nDCG@10 on {collection}.
+
+{retrieval}
+
+## Limits
+
+135 M parameters and about an hour of CPU training: far from Dream or LLaDA. It knows Python documentation in
+English; it was not tried on anything else, and it is no text generator.
+"""
+
+
+def write_card(adapter: Path) -> None:
+    """Write the model card beside an adapter, from its log."""
+    log = read_log(adapter)
+    recipes = pd.DataFrame(log["recipes"]).drop(columns="schedule_tokens")
+    held_out = [
+        {"stage": r["stage"], "step": r["step"]} | {f"{float(k):.0%}": v for k, v in r["held_out"].items()}
+        for r in log["curve"]
+        if "held_out" in r
+    ]
+    first = {"stage": "parent, attention both ways", "step": 0}
+    first |= {f"{float(k):.0%}": v for k, v in log["before"].items()}
+    last = {"stage": COMMITTED, "step": held_out[-1]["step"] if held_out else 0}
+    last |= {f"{float(k):.0%}": v for k, v in log["after"].items()}
+    card = CARD.format(
+        collections=", ".join(COLLECTION_PACKAGES),
+        held_out=", ".join(HELD_OUT_PACKAGES),
+        answered=log["answered_passages"],
+        recipes=recipes.set_index("stage").T.to_markdown(),
+        losses=pd.DataFrame([first, *held_out, last]).to_markdown(index=False, floatfmt=".2f"),
+        collection=log["collection_name"],
+        retrieval=pd.DataFrame(log["retrieval"]).astype({"K": "Int64"}).to_markdown(
+            index=False, floatfmt=".3f", missingval=""
+        ),
+    )
+    with atomic_path(Path(adapter) / "README.md") as temporary:
+        Path(temporary).write_text(card)
 
 
 def read_log(adapter: Path) -> dict[str, Any]:
@@ -151,8 +242,49 @@ def stage_retrieval(study: Study, collection: Collection, adapters: Mapping[str,
     return table[["stage", "system", "K", "dense", "sparse", "hybrid"]]
 
 
-def logged_retrieval(log: Mapping[str, Any], collection: Collection) -> pd.DataFrame:
-    """Rows of the log that were measured on this very collection (same fingerprint), DiffRetriever's alone."""
-    if log.get("collection") != collection.fingerprint:
-        return pd.DataFrame(columns=["stage", "system", "K", "dense", "sparse", "hybrid"])
-    return pd.DataFrame(log["retrieval"]).astype({"K": "Int64"})
+def logged_retrieval(log: Mapping[str, Any], collection: Collection, but: Sequence[str] = ()) -> pd.DataFrame:
+    """The log's rows of :func:`stage_retrieval` for other stages than ``but``.
+
+    Empty when they were measured on another sample than ``collection``.
+    """
+    table = pd.DataFrame(log["retrieval"]).astype({"K": "Int64"})
+    return table[~table["stage"].isin(["", *but]) & (log["collection"] == collection.fingerprint)]
+
+
+def publish(work: Path, profile: str = "embedded") -> None:
+    """Make the package's adapter of a finished long run: weights, log and model card.
+
+    Cross-entropy and retrieval are measured for every stage in ``work``, on the held-out packages and on the
+    profile's development collection.
+    """
+    study = Study(load_profile(profile))
+    name = study.profile.backbones.diffusion
+    target = adapter_path(name)
+    size = export_adapter(Path(work) / ANSWERS.stage / "adapter", target, study.profile.backbones.autoregressive)
+    print(f"{target}: {size / 1e6:.1f} MB")
+    backbone = load_backbone(name, adapter="none", dtype="bfloat16")
+    rows = pack(
+        [t.text for t in held_out_texts()], backbone.tokenizer, 256, limit=study.profile.adaptation.held_out_sequences
+    )
+    before = held_out_cross_entropy(backbone.model, rows, backbone.mask_id, progress=True)
+    after = held_out_cross_entropy(study.backbone("diffusion").model, rows, backbone.mask_id, progress=True)
+    collection = study.development
+    stages = {
+        "parent, attention both ways": "none",
+        DOCUMENTATION.stage: Path(work) / DOCUMENTATION.stage / "adapter",
+        COMMITTED: None,
+    }
+    write_log(
+        work, target, stage_retrieval(study, collection, stages),
+        before=before, after=after, answered_passages=ANSWERED_PASSAGES, collection=collection.fingerprint,
+        collection_name=f"{collection.name} ({collection.coverage})",
+    )  # fmt: skip
+    write_card(target)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=publish.__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path, help="folder of the run: the `work` of notebook 00 with long = True")
+    parser.add_argument("--profile", default="embedded")
+    arguments = parser.parse_args()
+    publish(arguments.work, arguments.profile)

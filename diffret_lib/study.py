@@ -90,6 +90,12 @@ class Study:
     def train_collection(self) -> Collection:
         return self.collection(self.profile.train_collection)
 
+    @cached_property
+    def development(self) -> Collection:
+        """The collection on which stages of the adaptation are compared."""
+        size = self.profile.adaptation.zero_shot
+        return load_collection(size.collection).sample(size.queries, size.passages, seed=self.profile.seed)
+
     @property
     def out_of_domain(self) -> list[str]:
         """Names of the test collections of other packages than the training collection's."""

