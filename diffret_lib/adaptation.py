@@ -416,7 +416,7 @@ def train(
         use_cpu=not torch.cuda.is_available(),
         seed=recipe.seed,
         data_seed=recipe.seed,
-        logging_steps=10,
+        logging_steps=min(10, recipe.steps),
         save_steps=save_every,
         save_total_limit=1,
         report_to=[],

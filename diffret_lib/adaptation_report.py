@@ -147,7 +147,7 @@ English; it was not tried on anything else, and it is no text generator.
 def write_card(adapter: Path) -> None:
     """Write the model card beside an adapter, from its log."""
     log = read_log(adapter)
-    recipes = pd.DataFrame(log["recipes"]).drop(columns="schedule_tokens")
+    recipes = pd.DataFrame(log["recipes"])
     held_out = [
         {"stage": r["stage"], "step": r["step"]} | {f"{float(k):.0%}": v for k, v in r["held_out"].items()}
         for r in log["curve"]

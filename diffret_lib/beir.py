@@ -120,7 +120,8 @@ def load_beir(folder: str | Path, split: str = "test") -> Collection:
         that is no integer or negative.
     """
     folder = Path(folder)
-    corpus, query_file, qrels_file = folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / f"{split}.tsv"
+    corpus, query_file = folder / "corpus.jsonl", folder / "queries.jsonl"
+    qrels_file = folder / "qrels" / f"{split}.tsv"
     for path in (corpus, query_file, qrels_file):
         if not path.is_file():
             hint = ""

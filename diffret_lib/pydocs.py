@@ -6,8 +6,9 @@ summary line, See Also, Examples and References.  A *query* is the one-line desc
 object, and on another page than the one to be found.
 
 How objects are found.  All public modules of the package are imported (none with a private, test or vendored
-part in its name, and none whose members depend on optional packages; a module that cannot be imported is left out) and the public members of each are read;
-members of classes are looked up along the bases that belong to the package.  Module docstrings are left out:
+part in its name, nor one whose members depend on optional packages; a module that cannot be imported is left
+out) and the public members of each are read; members of classes are looked up along the bases that belong to
+the package.  Module docstrings are left out:
 they are tables of contents that repeat the summary lines.  An object may have several names; its passage
 carries the one that stands closest to its definition.
 
@@ -83,12 +84,13 @@ MIN_OWN_SHINGLES = 10
 MAX_OBJECTS_PER_QUERY = 5
 
 #: Raised whenever the build changes, so that cached builds of older code are not used.
-BUILD_VERSION = 2
+BUILD_VERSION = 3
 
 FINGERPRINTS = Path(__file__).with_name("pydocs_fingerprints.json")
 
 _SKIP_PARTS = re.compile(
-    r"^(_.*|tests?|testing|conftest|setup|externals?|vendor(ed)?|sphinxext|sandbox|backends|f2py|distutils|compat|arrow)$"
+    r"^(_.*|tests?|testing|conftest|setup|externals?|vendor(ed)?|sphinxext|sandbox|backends|f2py|distutils|compat|"
+    r"arrow)$"
 )
 _LIST_SECTIONS = ("Parameters", "Other Parameters", "Returns", "Yields", "Receives", "Raises", "Warns", "Attributes",
                   "Methods")  # fmt: skip
@@ -115,7 +117,7 @@ _GENERATED = re.compile(
 )  # a support table that scipy appends to its docstrings; references to example galleries
 
 
-_PRINTED_SET = re.compile(r"(Use of argument\(s\) )\{([^}]*)\}")  # scipy prints a set, in hash order
+_PRINTED_SET = re.compile(r"(Use of argument\(s\) `*)\{([^}]*)\}")  # scipy prints a set, in hash order
 
 
 def _role_text(match: re.Match[str]) -> str:
@@ -130,7 +132,7 @@ def plain_text(text: str) -> str:
     Doctests, code, plots and images are dropped, and so are citation marks and comments.
     """
     text = _GENERATED.sub("", text)
-    text = _PRINTED_SET.sub(lambda m: f"{m[1]}{', '.join(sorted(m[2].split(', ')))}", text)
+    text = _PRINTED_SET.sub(lambda m: m[1] + ", ".join(sorted(re.split(r",\s*", m[2]))), text)
     kept: list[str] = []
     block: int | None = None
     in_doctest = False

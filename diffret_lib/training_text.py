@@ -42,6 +42,9 @@ INSTALLED_PACKAGES = (
     "beautifulsoup4", "typer", "click", "setuptools", "pip", "safetensors", "tokenizers",
 )  # fmt: skip
 
+#: Some of them, for a short run: quick to read, and prose more than code.
+SHORT_PACKAGES = ("ipython", "traitlets", "nbconvert", "fsspec", "peft", "accelerate", "datasets")
+
 MIN_CHARS, MAX_CHARS = 120, 6000
 _NGRAM = 13
 _SKIP_DIRS = re.compile(r"(^|/)(tests?|testing|_?vendor(ed)?|_?extern(al)?|node_modules|_pytest/_code)(/|$)")
@@ -170,13 +173,24 @@ def word_ngrams(text: str, n: int = _NGRAM) -> set[int]:
     return {hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1)}
 
 
-def training_texts(wheels: Path | None = None, *, seed: int = 0, max_chars_per_package: int = 600_000) -> list[Text]:
+def training_texts(
+    wheels: Path | None = None,
+    *,
+    packages: Iterable[str] = INSTALLED_PACKAGES,
+    standard_library: bool = True,
+    seed: int = 0,
+    max_chars_per_package: int = 300_000,
+) -> list[Text]:
     """The training texts, shuffled: no collection or held-out package, no copies, no leaked passage.
 
     Parameters
     ----------
     wheels : Path, optional
         Folder of wheels to read besides what is installed.
+    packages : iterable of str
+        Installed packages to read.
+    standard_library : bool
+        Whether to read the standard library.
     seed : int
         Of the shuffle.
     max_chars_per_package : int
@@ -187,8 +201,8 @@ def training_texts(wheels: Path | None = None, *, seed: int = 0, max_chars_per_p
     for package in tqdm(COLLECTION_PACKAGES, desc="texts to stay clear of"):
         for item in read_installed(package):
             leaked |= word_ngrams(item.text)
-    groups: dict[str, list[Text]] = {"python": list(read_standard_library())}
-    sources: list[tuple[str, Iterable[Text]]] = [(_normal(p), read_installed(p)) for p in INSTALLED_PACKAGES]
+    groups: dict[str, list[Text]] = {"python": list(read_standard_library()) if standard_library else []}
+    sources: list[tuple[str, Iterable[Text]]] = [(_normal(p), read_installed(p)) for p in packages]
     for path in sorted(Path(wheels).glob("*.whl")) if wheels else ():
         sources.append((_normal(path.name.split("-")[0]), read_wheel(path)))
     for package, texts in tqdm(sources, desc="packages to train on"):

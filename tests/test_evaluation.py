@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-import ranx
 from scipy import stats
 
 from diffret_lib.evaluation import (
@@ -18,10 +17,12 @@ from diffret_lib.evaluation import (
     macro_average,
     macro_interval,
     macro_randomization_p,
+    make_qrels,
     paired_p_value,
     per_query,
     save_run,
 )
+from diffret_lib.scoring import make_run
 
 QRELS = {"q2": {"a": 1, "b": 1}, "q1": {"c": 2, "d": 1}, "q3": {"e": 1}}
 RUN = {
@@ -32,7 +33,7 @@ RUN = {
 
 
 def test_metrics_by_hand():
-    found = evaluate_run(ranx.Qrels(QRELS), ranx.Run(RUN))
+    found = evaluate_run(make_qrels(QRELS), make_run(RUN))
     assert found.query_ids == ["q1", "q2", "q3"] and tuple(found.per_query) == METRICS
     log2, log4 = math.log2(3), 2.0  # discounts of the ranks 2 and 3
     q1 = (1 + 2 / log4) / (2 + 1 / log2)
@@ -44,22 +45,22 @@ def test_metrics_by_hand():
 
 
 def test_queries_without_results_count_and_foreign_ones_do_not():
-    run = ranx.Run({"q1": {"c": 1.0}, "other": {"c": 1.0}})
-    values = per_query(ranx.Qrels(QRELS), run, ["mrr@10"])
+    run = make_run({"q1": {"c": 1.0}, "other": {"c": 1.0}})
+    values = per_query(make_qrels(QRELS), run, ["mrr@10"])
     assert values["mrr@10"].tolist() == [1.0, 0.0, 0.0]
     assert sorted(run.keys()) == ["other", "q1"]  # as it was
-    empty = ranx.Run({"q1": {}, "q2": {}, "q3": {"e": 1.0}})
-    assert per_query(ranx.Qrels(QRELS), empty, ["mrr@10"])["mrr@10"].tolist() == [0.0, 0.0, 1.0]
+    empty = make_run({"q1": {}, "q2": {}, "q3": {"e": 1.0}})
+    assert per_query(make_qrels(QRELS), empty, ["mrr@10"])["mrr@10"].tolist() == [0.0, 0.0, 1.0]
 
 
 def test_evaluation_errors():
-    qrels = ranx.Qrels(QRELS)
+    qrels = make_qrels(QRELS)
     with pytest.raises(ValueError, match="cannot compute speed@10"):
-        evaluate_run(qrels, ranx.Run(RUN), ["speed@10"])
+        evaluate_run(qrels, make_run(RUN), ["speed@10"])
     with pytest.raises(ValueError, match="share no query.*'z1'.*'q1'"):
-        evaluate_run(qrels, ranx.Run({"z1": {"a": 1.0}}))
+        evaluate_run(qrels, make_run({"z1": {"a": 1.0}}))
     with pytest.raises(ValueError, match="no queries"):
-        evaluate_run(ranx.Qrels(), ranx.Run(RUN))
+        evaluate_run(make_qrels({}), make_run(RUN))
 
 
 # -- tests
@@ -171,7 +172,7 @@ def test_macro_randomization_by_enumeration():
 
 def test_run_round_trip(tmp_path):
     scores = {"q1": {"a": 0.1, "b": np.nextafter(0.1, 0)}, "q2": {"é": 1e-300, "c": -2.0}}
-    save_run(ranx.Run(scores, name="DiffRetriever multi"), tmp_path / "new" / "r.trec")
+    save_run(make_run(scores, name="DiffRetriever multi"), tmp_path / "new" / "r.trec")
     loaded = load_run(tmp_path / "new" / "r.trec")
     assert loaded.to_dict() == scores and loaded.name == "DiffRetriever_multi"
     assert list(loaded.run["q1"]) == ["a", "b"]
@@ -185,7 +186,7 @@ def test_run_round_trip(tmp_path):
 )  # fmt: skip
 def test_ids_that_the_format_cannot_hold(tmp_path, scores, message):
     with pytest.raises(ValueError, match=message):
-        save_run(ranx.Run(scores), tmp_path / "r.trec")
+        save_run(make_run(scores), tmp_path / "r.trec")
     assert not list(tmp_path.iterdir())
 
 

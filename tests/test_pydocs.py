@@ -246,8 +246,9 @@ def test_near_copies_leave_boilerplate_out_of_account() -> None:
 
 def test_plain_text() -> None:
     text = (
-        "Use :func:`~a.b.c`, :meth:`.Axes.plot`, :ref:`the guide <guide>` and `d` or `~d.e`, ``e*f`` [1]_, **bold** *args.\n"
-        "\n.. note:: Mind\n   this.\n\n.. deprecated:: 1.3\n   Gone.\n\n.. _label:\n\n.. math::\n   :nowrap:\n\n   x + y\n"
+        "Use :func:`~a.b.c`, :meth:`.Axes.plot`, :ref:`the guide <guide>` and `d` or `~d.e`, ``e*f`` [1]_, "
+        "**bold** *args.\n\n.. note:: Mind\n   this.\n\n.. deprecated:: 1.3\n   Gone.\n\n.. _label:\n"
+        "\n.. math::\n   :nowrap:\n\n   x + y\n"
         "\n>>> code\nout\n\nHead\n----\n.. code-block:: python\n\n    hidden\n\nend ::\n"
     )
     assert plain_text(text) == (
@@ -256,7 +257,7 @@ def test_plain_text() -> None:
 
 
 def test_plain_text_does_not_depend_on_the_order_of_printed_sets() -> None:
-    texts = {plain_text(f"Use of argument(s) {{{names}}} by position.") for names in ("'b', 'a'", "'a', 'b'")}
+    texts = {plain_text(f"Use of argument(s) ``{{{names}}}`` by position.") for names in ("'b', 'a'", "'a', 'b'")}
     assert texts == {"Use of argument(s) 'a', 'b' by position."}
 
 

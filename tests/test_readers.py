@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,19 +27,22 @@ TEXTS = [
     "priority queue priority queue",
     "the and of",
 ]
+LOUDNESS = 3.0
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Random backbones that like to say certain tokens, so that every rule has a case in the texts."""
     made = {}
-    for family, loud in (("diffusion", ("<file_sep>", "<|im_end|>", "<repo_name>")), ("autoregressive", ('"',))):
+    for family, loud in (("diffusion", ("<file_sep>", "<repo_name>", "<reponame>", "<|endoftext|>", "<|im_end|>")), ("autoregressive", ('"',))):
         folder = tmp_path_factory.mktemp(family)
         tokenizer = tiny_tokenizer()
         model = tiny_model(len(tokenizer), seed=3)
         with torch.no_grad():
+            weight = model.get_input_embeddings().weight
+            weight[tokenizer.eos_token_id] = weight[tokenizer.bos_token_id].flip(0)  # it is zero: torch's padding row
             for token in loud:
-                model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(token)] *= 1.6
+                weight[tokenizer.convert_tokens_to_ids(token)] *= LOUDNESS
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         made[family] = folder
@@ -64,10 +68,15 @@ def masked(backbone: LoadedBackbone, **options) -> MaskedPositions:
 # (eager, with a mask of zeros where every position sees every other), words and weights in plain loops.
 
 
+@cache
+def plain_model(folder: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
 def full_forward(folder: Path, ids: list[int], see_all: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Last hidden states and logits of one sequence."""
-    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    model.config.is_causal = True
+    model = plain_model(folder)
+    assert getattr(model.config, "is_causal", True)
     mask = torch.zeros(1, 1, len(ids), len(ids)) if see_all else None
     with torch.no_grad():
         out = model(input_ids=torch.tensor([ids]), attention_mask=mask, output_hidden_states=True, use_cache=False)
@@ -488,19 +497,19 @@ def test_saved_and_loaded_as_multi_vector_encoder(diffusion, tmp_path):
     reader = masked(diffusion, k_query=2, k_passage=4, prediction_shift=False, quantize=True, max_passage_tokens=11)
     encoder = MultiVectorEncoder(modules=[reader], device="cpu")
     encoder.save_pretrained(str(tmp_path / "model"))
-    loaded = MultiVectorEncoder(str(tmp_path / "model"), device="cpu")
+    loaded = MultiVectorEncoder(str(tmp_path / "model"), device="cpu", trust_remote_code=True)
     assert type(loaded[0]) is MaskedPositions
     assert loaded[0].get_config_dict() == reader.get_config_dict()
     assert loaded[0].bidirectional
     for encode, task in (("encode_document", "document"), ("encode_query", "query")):
-        before = getattr(encoder, encode)(TEXTS, convert_to_tensor=False)
-        after = getattr(loaded, encode)(TEXTS, convert_to_tensor=False)
+        before = getattr(encoder, encode)(TEXTS)
+        after = getattr(loaded, encode)(TEXTS)
         direct = read(reader, TEXTS, task)
         for a, b, (c, _) in zip(before, after, direct, strict=True):
             close(a, b)
             close(b, c)
-    query = loaded.encode_query(["heap"], convert_to_tensor=False)[0]
-    document = loaded.encode_document(["heap"], convert_to_tensor=False)[0]
+    query = loaded.encode_query(["heap"])[0]
+    document = loaded.encode_document(["heap"])[0]
     assert len(query) <= 2 < len(document) or not np.allclose(query[0], document[0], atol=1e-3)
 
 
@@ -512,7 +521,7 @@ def test_saved_and_loaded_as_sparse_encoder(diffusion, autoregressive, tmp_path,
         reader = NextTokens(autoregressive.model, autoregressive.tokenizer, max_new_tokens=3).eval()
     encoder = SparseEncoder(modules=[reader], device="cpu")
     encoder.save_pretrained(str(tmp_path / "model"))
-    loaded = SparseEncoder(str(tmp_path / "model"), device="cpu")
+    loaded = SparseEncoder(str(tmp_path / "model"), device="cpu", trust_remote_code=True)
     assert type(loaded[0]) is type(reader)
     for encode, task in (("encode_document", "document"), ("encode_query", "query")):
         before = getattr(encoder, encode)(TEXTS).to_dense()
