@@ -34,7 +34,6 @@ def curves(log: dict) -> Figure:
         ax.plot(xs, ys, marker="o", markersize=4, label=f"held out, {float(ratio):.0%} masked")
     ax.set(xlabel="tokens seen (thousands)", ylabel="cross-entropy (nats per masked token)")
     ax.legend(fontsize=8)
-    fig.tight_layout()
     return fig
 
 
@@ -46,7 +45,6 @@ def grid(values: pd.DataFrame, title: str) -> Figure:
         sns.heatmap(cells, annot=True, fmt=".3f", cmap="cividis", cbar=False, ax=ax, annot_kws={"size": 8})
         ax.set(title=mode, xlabel="vectors per passage, Kp", ylabel="vectors per query, Kq")
     fig.suptitle(f"{METRIC.replace('ndcg', 'nDCG')}, zero-shot: {title}", fontsize=11)
-    fig.tight_layout()
     return fig
 
 
@@ -63,7 +61,6 @@ def zero_shot(per_query: pd.DataFrame, collections: Sequence[str], resamples: in
     ax.set(yticks=range(len(systems)), yticklabels=systems, xlabel="macro nDCG@10, 95 % bootstrap interval over queries")
     ax.invert_yaxis()
     ax.legend()
-    fig.tight_layout()
     return fig
 
 
@@ -79,7 +76,6 @@ def forest(comparisons: pd.DataFrame) -> Figure:
     ax.set(yticks=range(len(labels)), yticklabels=labels, xlabel="difference of nDCG@10, 95 % bootstrap interval")
     ax.tick_params(axis="y", labelsize=8)
     ax.invert_yaxis()
-    fig.tight_layout()
     return fig
 
 
@@ -94,7 +90,6 @@ def oracle(table: pd.DataFrame) -> Figure:
     ax.set(xticks=x, ylabel="hybrid nDCG@10", xlabel="collection")
     ax.set_xticklabels(names, rotation=20, ha="right")
     ax.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.14), frameon=False)
-    fig.tight_layout()
     return fig
 
 
@@ -103,7 +98,6 @@ def distribution(shares: pd.DataFrame) -> Figure:
     fig, ax = plt.subplots(figsize=(4.6, 3.9))
     sns.heatmap(shares, annot=True, fmt=".0f", cmap="cividis", cbar_kws={"label": "queries", "format": PercentFormatter()}, ax=ax)
     ax.set(xlabel="vectors per passage, Kp", ylabel="vectors per query, Kq", title="best pair of each query")
-    fig.tight_layout()
     return fig
 
 

@@ -207,23 +207,31 @@ def test_many_copies_of_one_text(diffusion, autoregressive, name, tmp_path):
     system = SYSTEMS[name](diffusion, autoregressive)
     texts = [TEXTS[0]] * 100_000
     started = time.process_time()
-    tracemalloc.start()
-    try:
-        many = system.encode_passages(texts, tmp_path / "many", progress=False)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert time.process_time() - started < 60
+    many = system.encode_passages(texts, tmp_path / "many", progress=False)
+    assert time.process_time() - started < 30
     assert len(many) == 100_000
     if many.dense is not None:
         assert isinstance(many.dense, np.memmap)
-        assert peak < 60e6  # a shard is 1 MB, the whole 52 MB of dense vectors alone
         assert np.array_equal(many.dense[0], many.dense[99_999])
         one = system.encode_passages([TEXTS[0]], progress=False)
         same(many[[0]], one), same(many[[50_000]], one)
     queries = system.encode_queries(["binary tree"], progress=False)
     (ranked,) = system.search(queries, many, "sparse", 3).run.values()
-    assert len(ranked) == 3 and len(set(ranked.values())) == 1
+    assert list(ranked) == ["0", "1", "2"]  # all equal: in their order
+    assert list(ranked.values()) == pytest.approx([ranked["0"]] * 3) and ranked["0"] > 0
+
+
+def test_memory_does_not_grow_with_the_passages(diffusion, tmp_path, monkeypatch):
+    monkeypatch.setattr(retrievers, "SHARD_TEXTS", 256)
+    retriever = DiffRetriever(diffusion, k_passage=16)
+    peaks = []
+    for n in (1_000, 8_000):
+        texts = TEXTS * (n // len(TEXTS))
+        tracemalloc.start()
+        retriever.encode_passages(texts, tmp_path / str(n), progress=False)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 2e6  # the dense vectors alone are 2 MB and 16 MB
 
 
 def test_copies_cost_one_forward(diffusion, monkeypatch):

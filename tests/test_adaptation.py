@@ -1,0 +1,481 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tests.tiny import tiny_backbone, tiny_folder, tiny_model, tiny_tokenizer
+from transformers import LlamaForCausalLM
+
+from diffret_lib import adaptation
+from diffret_lib.adaptation import (
+    TARGETS,
+    Answer,
+    MaskedRows,
+    Recipe,
+    adapt,
+    answer_texts,
+    bidirectional,
+    collate,
+    content_token_mask,
+    export_adapter,
+    held_out_cross_entropy,
+    masked_cross_entropy,
+    new_adapter,
+    pack,
+    parent_answers,
+    read_curves,
+    train,
+)
+from diffret_lib.adaptation_report import adaptation_table, write_card
+from diffret_lib.backbones import load_backbone
+from diffret_lib.prompts import RetrievalPrompt
+
+MASK = 5
+RECIPE = Recipe(
+    tokens=8 * 2 * 16, sequence_length=16, batch_size=2, rank=2, alpha=4, learning_rate=2e-2, final_learning_rate=1e-2,
+    warmup_steps=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("tiny"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def rows() -> np.ndarray:
+    """Rows with something to learn: the same few tokens again and again."""
+    rng = np.random.default_rng(0)
+    return np.tile(np.array([50, 60, 70, 80]), (64, 4))[:, :16] + 100 * rng.integers(0, 2, (64, 1))
+
+
+def parent(folder) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
+def answers(n: int = 6) -> list[Answer]:
+    rng = np.random.default_rng(0)
+    out = []
+    for i in range(n):
+        size = 1 + i
+        probs = rng.random((size, TARGETS))
+        out.append(
+            Answer(
+                prompt=(1, *range(20, 24 + i)),
+                ids=rng.integers(100, 400, size),
+                tail=(12, 2, 2),
+                soft_ids=rng.integers(100, 400, (size, TARGETS)),
+                soft_probs=(probs / probs.sum(1, keepdims=True)).astype(np.float32),
+            )
+        )
+    return out
+
+
+# -- the loss --------------------------------------------------------------------------------------------------
+
+
+def plain_loss(folder, items) -> float:
+    """Each row alone, all logits, attention written out, token i read at i - 1; loops over targets."""
+    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    losses = []
+    for item in items:
+        n = len(item["input_ids"])
+        with torch.no_grad():
+            logits = model(input_ids=item["input_ids"][None], attention_mask=torch.zeros(1, 1, n, n)).logits[0]
+        logits = logits.double()
+        for place, ids, probs in zip(item["masked"], item["target_ids"], item["target_probs"], strict=True):
+            row = logits[place - 1]
+            normaliser = math.log(sum(math.exp(x) for x in row.tolist()))
+            losses.append(-sum(p * (float(row[i]) - normaliser) for i, p in zip(ids.tolist(), probs.tolist(), strict=True)))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("with_answers", [False, True])
+def test_loss_as_plainly_computed(folder, rows, with_answers):
+    data = MaskedRows(rows, MASK, batch_size=4, seed=3, answers=answers() if with_answers else ())
+    items = [data[i] for i in range(4)]
+    batch = collate(items, pad_id=2)
+    assert with_answers != bool(batch["attention_mask"].all())  # answers make rows of different lengths
+    model = bidirectional(parent(folder)).eval()
+    with torch.no_grad():
+        assert float(masked_cross_entropy(model, batch)) == pytest.approx(plain_loss(folder, items), abs=1e-4)
+        adapted = new_adapter(model, MASK, RECIPE)  # LoRA starts as no change
+        assert float(masked_cross_entropy(adapted, batch)) == pytest.approx(plain_loss(folder, items), abs=1e-4)
+
+
+def test_collate_pads_on_the_left(rows):
+    short = {"input_ids": torch.tensor([7, 5]), "masked": torch.tensor([1]),
+             "target_ids": torch.zeros(1, TARGETS, dtype=torch.long), "target_probs": torch.ones(1, TARGETS)}  # fmt: skip
+    long = dict(short, input_ids=torch.tensor([7, 5, 8, 5]), masked=torch.tensor([1, 3]),
+                target_ids=torch.ones(2, TARGETS, dtype=torch.long), target_probs=torch.ones(2, TARGETS))  # fmt: skip
+    batch = collate([short, long], pad_id=2)
+    assert batch["input_ids"].tolist() == [[2, 2, 7, 5], [7, 5, 8, 5]]
+    assert batch["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+    assert batch["masked"].tolist() == [[0, 1, 1], [3, 1, 3]]
+    assert all(batch["input_ids"][r, c] == MASK for r, c in batch["masked"].T.tolist())
+    assert batch["target_ids"][:, 0].tolist() == [0, 1, 1]
+
+
+# -- the data --------------------------------------------------------------------------------------------------
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_an_item_is_the_same_on_every_access(rows):
+    for more in ((), answers()):
+        one, two = (MaskedRows(rows, MASK, batch_size=4, seed=3, answers=more) for _ in range(2))
+        order = list(range(len(one)))
+        random.Random(0).shuffle(order)
+        np.random.seed(1)
+        shuffled = {i: two[i] for i in order}
+        assert all(equal(one[i], shuffled[i]) for i in order)
+        other = MaskedRows(rows, MASK, batch_size=4, seed=4, answers=more)
+        assert not all(equal(one[i], other[i]) for i in order)
+
+
+def test_masking_of_documentation():
+    documentation = np.random.default_rng(0).integers(10, 400, (400, 200))
+    batch = 4
+    data = MaskedRows(documentation, MASK, batch_size=batch, seed=0)
+    assert len(data) == 400
+    shares = []
+    for i in range(len(data)):
+        item, original = data[i], documentation[i]
+        ids, masked = item["input_ids"].numpy(), item["masked"].numpy()
+        assert 0 not in masked and len(masked) and len(set(masked)) == len(masked)
+        assert np.array_equal(np.flatnonzero(ids != original), np.sort(masked)) and (ids[masked] == MASK).all()
+        assert np.array_equal(item["target_ids"][:, 0].numpy(), original[masked])
+        assert (item["target_probs"][:, 0] == 1).all() and not item["target_probs"][:, 1:].any()
+        shares.append(len(masked) / 199)
+    shares = np.array(shares).reshape(-1, batch)
+    # row b of each batch lies in its own quarter of the ratios, up to the noise of 199 draws
+    for b in range(batch):
+        low, high = b / batch - 0.12, (b + 1) / batch + 0.12
+        assert ((shares[:, b] > low) & (shares[:, b] < high)).all()
+        assert abs(shares[:, b].mean() - (b + 0.5) / batch) < 0.05
+    # one offset for the whole batch
+    assert np.corrcoef(shares[:, 1], shares[:, 2])[0, 1] > 0.7
+
+
+def test_of_an_answer_only_the_answer_is_masked(rows):
+    given = answers()
+    data = MaskedRows(rows, MASK, batch_size=4, seed=0, answers=given)
+    assert len(data) == 2 * len(rows)
+    full = partial = 0
+    documentation = set()
+    for i in range(len(data)):
+        item = data[i]
+        if i % 2 == 0:
+            documentation.add(i // 2)
+            assert len(item["input_ids"]) == 16 and 0 not in item["masked"]
+            continue
+        answer = given[(i // 2) % len(given)]
+        start, n = len(answer.prompt), len(item["input_ids"]) - len(answer.prompt) - len(answer.tail)
+        assert n in (1, 2, 4, 8, 16) and n <= len(answer.ids)
+        ids = item["input_ids"].tolist()
+        assert tuple(ids[:start]) == answer.prompt and tuple(ids[start + n :]) == answer.tail
+        masked = item["masked"].tolist()
+        assert masked and all(start <= m < start + n for m in masked)
+        for m in range(n):
+            assert ids[start + m] == (MASK if start + m in masked else answer.ids[m])
+        for m, targets, probs in zip(masked, item["target_ids"], item["target_probs"], strict=True):
+            assert targets[0] == answer.ids[m - start] and probs[0] == 0.5
+            assert np.array_equal(targets[1:], answer.soft_ids[m - start, : TARGETS - 1])
+            soft = answer.soft_probs[m - start, : TARGETS - 1]
+            np.testing.assert_allclose(probs[1:], 0.5 * soft / soft.sum(), rtol=1e-5)
+        full += len(masked) == n
+        partial += len(masked) < n
+    assert documentation == set(range(len(rows)))
+    assert full > partial > 0
+
+
+def test_pack(tokenizer):
+    texts = ["a heap <|im_end|>", "sorted"] * 200
+    stream = []
+    for text in texts:
+        stream += [0, *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
+    packed = pack(texts, tokenizer, 7, limit=5)
+    assert packed.shape == (5, 7) and packed.dtype == np.int64 and packed.ravel().tolist() == stream[:35]
+    everything = pack(texts, tokenizer, 7, limit=10**6)
+    assert everything.ravel().tolist() == stream[: len(stream) // 7 * 7]
+    assert 2 not in everything  # the template's token stays plain
+    assert pack([], tokenizer, 7, limit=5).shape == (0, 7)
+
+
+# -- the parent's answers --------------------------------------------------------------------------------------
+
+
+def test_content_token_mask(tokenizer):
+    keep = content_token_mask(tokenizer)
+    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", '"', "a", "Ġheap", "Ġthe", "Ġarray")}
+    assert keep[[ids["Ġheap"], ids["Ġarray"]]].all()
+    assert not keep[[ids["<|im_end|>"], ids['"'], ids["a"], ids["Ġthe"]]].any()
+
+
+def test_parent_answers(tokenizer, folder, monkeypatch):
+    model = parent(folder).eval()
+    said = {"heap": ' Heap, the 7 tree heap" and more', "array": '"', "axis": " sorted axis"}
+    texts = list(said)
+
+    def generate(input_ids, **kwargs):
+        new = []
+        for row in input_ids:
+            text = next(t for t in texts if f'"{t}".' in tokenizer.decode(row))
+            new.append(tokenizer(said[text], add_special_tokens=False)["input_ids"])
+        width = max(map(len, new))
+        return torch.tensor([[*row.tolist(), *n, *[2] * (width - len(n))] for row, n in zip(input_ids, new, strict=True)])
+
+    monkeypatch.setattr(model, "generate", generate)
+    found = parent_answers(model, tokenizer, texts, task="document", few_words=True)
+    prompt = RetrievalPrompt(tokenizer, "document", True)
+    assert [tokenizer.decode(a.ids) for a in found] == ["heap tree", "sorted axis"]  # one without words is dropped
+    plain = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    allowed = content_token_mask(tokenizer)
+    for answer, text in zip(found, ("heap", "axis"), strict=True):
+        assert list(answer.prompt) == prompt.ids([text], 64)[0] and answer.tail == prompt.tail
+        with torch.no_grad():
+            logits = plain(torch.tensor([[*answer.prompt, *answer.ids]])).logits[0].double()
+        for j in range(len(answer.ids)):
+            row = logits[len(answer.prompt) - 1 + j]
+            weights = {i: math.exp(float(row[i])) for i in range(len(row)) if allowed[i]}
+            best = sorted(weights, key=weights.get, reverse=True)[:TARGETS]
+            assert answer.soft_ids[j].tolist() == best
+            total = sum(weights[i] for i in best)
+            np.testing.assert_allclose(answer.soft_probs[j], [weights[i] / total for i in best], atol=1e-4)
+    (single, _) = parent_answers(model, tokenizer, texts, task="document", few_words=False)
+    assert tokenizer.decode(single.ids) == "heap"
+
+
+def test_answer_texts():
+    texts = [f"First paragraph {i}.\n\n{'rest of it ' * 30}" for i in range(200)] + ["short"] * 9
+    chosen = answer_texts(texts, 40, seed=0)
+    assert len(chosen["document"]) == 40 and 5 <= len(chosen["query"]) <= 10
+    assert all(q.startswith("First paragraph") and "\n" not in q for q in chosen["query"])
+    without = [d for d in chosen["document"] if not d.startswith("First")]
+    assert 8 <= len(without) <= 32
+    assert chosen == answer_texts(texts, 40, seed=0) != answer_texts(texts, 40, seed=1)
+
+
+# -- training --------------------------------------------------------------------------------------------------
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def start(folder, rows, recipe: Recipe, work, **options):
+    data = MaskedRows(rows, MASK, batch_size=recipe.batch_size, seed=recipe.seed)
+    model = new_adapter(bidirectional(parent(folder)), MASK, recipe)
+    return train(model, data, recipe, work, pad_id=2, **options)
+
+
+def test_training_lowers_the_loss(folder, rows, tmp_path):
+    before = held_out_cross_entropy(bidirectional(parent(folder)), rows, MASK)
+    recipe = replace(RECIPE, tokens=30 * 2 * 16, schedule_tokens=60 * 2 * 16)
+    model = start(folder, rows, recipe, tmp_path / "work", evaluate=lambda m: {"0.5": 1.0}, evaluate_every=15)
+    after = held_out_cross_entropy(model, rows, MASK)
+    assert all(after[r] < before[r] - 0.5 for r in before)
+    # only the adapter and the mask's embedding are trained
+    saved = weights(tmp_path / "work" / "adapter")
+    assert all("lora_" in k or "token_adapter" in k or "trainable_tokens" in k for k in saved)
+    assert any("trainable_tokens" in k or "token_adapter" in k for k in saved)
+    plain, base = parent(folder).state_dict(), model.get_base_model().state_dict()
+    for name, tensor in plain.items():
+        kept = next(v for k, v in base.items() if k.replace("base_layer.", "").replace("original_module.", "") == name)
+        assert torch.equal(kept, tensor)
+    # the curve, and the learning rate: warm-up, then a cosine over schedule_tokens, not over tokens
+    records = [json.loads(line) for line in (tmp_path / "work" / "curve.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "held_out" in r] == [15, 30]
+    logged = {r["step"]: r for r in records if "loss" in r}
+    assert sorted(logged) == [10, 20, 30]
+    for step, record in logged.items():
+        assert record["tokens_seen"] == step * 32
+        progress = (step - 1 - 2) / (60 - 2)
+        expected = 1e-2 + (2e-2 - 1e-2) * 0.5 * (1 + math.cos(math.pi * progress))
+        assert record["learning_rate"] == pytest.approx(expected, rel=0.02)
+    assert logged[30]["learning_rate"] > 1.4e-2  # half way, not at the end
+    assert json.loads((tmp_path / "work" / "recipe.json").read_text())["schedule_tokens"] == 1920
+
+
+class Killed(Exception):
+    pass
+
+
+def test_interrupted_training_ends_with_the_same_weights(folder, rows, tmp_path):
+    start(folder, rows, RECIPE, tmp_path / "whole")
+    steps = []
+
+    def kill(model):
+        steps.append(1)
+        if len(steps) == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        start(folder, rows, RECIPE, tmp_path / "cut", evaluate=kill, evaluate_every=1, save_every=3)
+    assert not (tmp_path / "cut" / "adapter").exists()
+    steps.clear()
+    torch.rand(7), np.random.rand(7)
+    start(folder, rows, RECIPE, tmp_path / "cut", evaluate=lambda m: steps.append(1) or {}, evaluate_every=1, save_every=3)
+    assert len(steps) == RECIPE.steps - 3  # on from the checkpoint, not from the start
+    whole, resumed = weights(tmp_path / "whole" / "adapter"), weights(tmp_path / "cut" / "adapter")
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
+    fresh = new_adapter(bidirectional(parent(folder)), MASK, RECIPE).state_dict()
+    assert any(not torch.equal(v, whole[k.replace(".default", "")]) for k, v in fresh.items() if "lora_B" in k)
+
+
+def test_held_out_cross_entropy(folder, rows):
+    model = bidirectional(parent(folder))
+    model.train()
+    first = held_out_cross_entropy(model, rows[:10], MASK, batch_size=4)
+    torch.rand(3), np.random.rand(3)
+    assert held_out_cross_entropy(model, rows[:10], MASK, batch_size=4) == first
+    assert list(first) == ["0.15", "0.5", "0.9"] and model.training
+    assert held_out_cross_entropy(model, rows[:10], MASK, batch_size=4, seed=1) != first
+    # as plainly computed with the same masks (in bfloat16: to a few per cent)
+    rng = np.random.default_rng([0, 500])
+    items = []
+    for begin in range(0, 10, 4):
+        block = rows[begin : begin + 4]
+        chosen = rng.random(block.shape) < 0.5
+        for row, mask in zip(block, chosen, strict=True):
+            mask[0] = False
+            ids = torch.from_numpy(np.where(mask, MASK, row))
+            places = torch.from_numpy(np.flatnonzero(mask))
+            items.append({"input_ids": ids, "masked": places, "target_ids": torch.from_numpy(row[mask])[:, None],
+                          "target_probs": torch.ones(int(mask.sum()), 1)})  # fmt: skip
+    assert first["0.5"] == pytest.approx(plain_loss(folder, items), rel=0.05)
+
+
+def test_both_stages_and_starting_again(folder, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(adaptation, "collect_answers", lambda *args: answers())
+    texts = [f"Return a sorted copy of array {i} along the given axis." for i in range(60)]
+    held_out = pack(texts, tokenizer, 16, limit=4)
+    second = replace(RECIPE, stage="answers", tokens=4 * 2 * 16, seed=1)
+    asked = []
+
+    def give():
+        asked.append(1)
+        return texts
+
+    def run(answers_recipe, source=give, work=tmp_path / "work", **options):
+        return adapt(
+            lambda: parent(folder), tokenizer, MASK, source, work, held_out=held_out, documentation=RECIPE,
+            answers=answers_recipe, evaluate_every=2, **options,
+        )  # fmt: skip
+
+    first = run(None)
+    assert isinstance(first, PeftModel) and len(asked) == 1
+    documentation = weights(tmp_path / "work" / "documentation" / "adapter")
+    run(None)
+    assert len(asked) == 1  # nothing left to train: the texts are not even asked for
+    model = run(second)
+    assert len(asked) == 2
+    # the second stage goes on from the first's adapter, which stays
+    assert all(torch.equal(v, documentation[k]) for k, v in weights(tmp_path / "work" / "documentation" / "adapter").items())
+    final = weights(tmp_path / "work" / "answers" / "adapter")
+    assert any(not torch.equal(v, documentation[k]) for k, v in final.items())
+    again = run(second)
+    assert len(asked) == 2
+    batch = collate([MaskedRows(held_out, MASK, batch_size=1, seed=0)[0]], 2)
+    with torch.no_grad():
+        a, b = (float(masked_cross_entropy(m.eval(), batch)) for m in (model, again))
+    assert a == pytest.approx(b, abs=1e-5)
+    stages = [r["stage"] for r in read_curves(tmp_path / "work")]
+    assert set(stages) == {"documentation", "answers"} and stages == sorted(stages, reverse=True)
+    with pytest.raises(ValueError, match=r"give \d+ sequences of 16 tokens, and the recipe needs 20"):
+        run(second, texts[:2], tmp_path / "few")
+
+
+def test_exported_adapter(folder, rows, tmp_path):
+    start(folder, rows, RECIPE, tmp_path / "work")
+    source, target = tmp_path / "work" / "adapter", tmp_path / "package" / "adapter"
+    size = export_adapter(source, target, "tiny-parent")
+    assert size == (target / "adapter_model.safetensors").stat().st_size
+    before, after = weights(source), weights(target)
+    assert before.keys() == after.keys()
+    assert all(v.dtype == torch.bfloat16 and torch.equal(v, before[k].to(torch.bfloat16)) for k, v in after.items())
+    assert size < sum(v.numel() for v in after.values()) * 2 + 10_000
+    config = (target / "adapter_config.json").read_text()
+    assert json.loads(config)["base_model_name_or_path"] == "tiny-parent"
+    assert str(tmp_path) not in config and str(folder) not in config
+    assert sorted(p.name for p in target.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    # it loads as a backbone's adapter and does something
+    spec = tiny_backbone(folder, "diffusion").spec
+    ids = torch.tensor([[7, MASK, 9]])
+    with torch.no_grad():
+        plain, adapted = (load_backbone(spec, adapter=a, device="cpu").model(ids).logits for a in ("none", target))
+    assert not torch.allclose(plain, adapted, atol=1e-3)
+
+
+def test_steps_of_a_recipe():
+    assert Recipe(tokens=10_240, sequence_length=256, batch_size=4).steps == 10
+    assert Recipe(tokens=1).steps == 1
+    assert Recipe(tokens=10_240, schedule_tokens=20_480).schedule_steps == 20
+    assert Recipe(tokens=10_240).schedule_steps == 10
+
+
+# -- tables ----------------------------------------------------------------------------------------------------
+
+LOG = {
+    "curve": [
+        {"stage": "documentation", "step": 10, "tokens_seen": 100, "loss": 5.0},
+        {"stage": "documentation", "step": 10, "tokens_seen": 100, "held_out": {"0.15": 4.0, "0.5": 6.0}},
+        {"stage": "documentation", "step": 20, "tokens_seen": 200, "loss": 4.0},
+        {"stage": "answers", "step": 10, "tokens_seen": 50, "held_out": {"0.15": 3.0, "0.5": 5.0}},
+    ],
+    "recipes": [{"stage": "documentation", "tokens": 200, "schedule_tokens": None},
+                {"stage": "answers", "tokens": 50, "schedule_tokens": None}],
+    "retrieval": [{"stage": "", "system": "BM25", "K": None, "dense": None, "sparse": 0.5, "hybrid": None}],
+    "before": {"0.15": 9.0, "0.5": 9.5}, "after": {"0.15": 2.5, "0.5": 4.5},
+    "answered_passages": 480, "collection_name": "tiny (whole)",
+}  # fmt: skip
+
+
+def test_adaptation_table():
+    table = adaptation_table(LOG, {"before": {"0.15": 9.0}, "committed adapter": {"0.15": 2.5}})
+    assert list(table) == ["stage", "tokens_seen", "mask_ratio", "cross_entropy"]
+    assert table.to_numpy().tolist() == [
+        ["before", 0, 0.15, 9.0],
+        ["documentation", 100, 0.15, 4.0],
+        ["documentation", 100, 0.5, 6.0],
+        ["answers", 250, 0.15, 3.0],
+        ["answers", 250, 0.5, 5.0],
+        ["committed adapter", 250, 0.15, 2.5],
+    ]
+
+
+def test_model_card(tmp_path):
+    (tmp_path / "training_log.json").write_text(json.dumps(LOG))
+    write_card(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "license: apache-2.0" in card and "9.50" in card and "2.50" in card and "tiny (whole)" in card
+    assert "{" not in card and not pd.isna(card)
+
+
+def test_curves_keep_the_later_of_two_records(tmp_path):
+    (tmp_path / "documentation").mkdir()
+    lines = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 2, "held_out": {}}, {"step": 2, "loss": 3.0}]
+    (tmp_path / "documentation" / "curve.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    assert read_curves(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 3.0}, {"step": 2, "held_out": {}}]
+
+
+def test_bidirectional_model_of_the_tests():
+    model = bidirectional(tiny_model(400))
+    assert model.config.is_causal is False
