@@ -296,7 +296,8 @@ def benchmark(
             bar.update()
 
     table = summarise(interleaved(systems, rounds, diffusion.device), len(texts), flop, ks)
-    more = pd.DataFrame([found.get(row, {}) for row in systems], columns=["vectors", "min_cosine", "max_weight_difference"])
+    more = pd.DataFrame([found.get(row, {}) for row in systems])
+    more = more.reindex(columns=["vectors", "min_cosine", "max_weight_difference"])
     return pd.concat([table, more], axis=1)
 
 
@@ -388,7 +389,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{where['device']}, {where['threads']} threads, {where['dtype']}, torch {where['torch']}")
     print(f"{len(texts)} passages of {options.collection}, at most {options.max_passage_tokens} tokens")
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
-        print(f"note: the machine is busy (load {os.getloadavg()[0]:.1f}); the times will not mean much", file=sys.stderr)
+        load = os.getloadavg()[0]
+        print(f"note: the machine is busy (load {load:.1f}); the times will not mean much", file=sys.stderr)
     limits = {"max_passage_tokens": options.max_passage_tokens}
     if options.batch_tokens is not None:
         limits["batch_tokens"] = options.batch_tokens

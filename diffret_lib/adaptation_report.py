@@ -76,7 +76,7 @@ def run_recipe(
     model = adapt(
         lambda: load_backbone(parent, dtype="bfloat16").model,
         tokenizer, mask_id, texts, Path(work), held_out=held_out, documentation=recipes[0], answers=recipes[1],
-        evaluate_every=100 if tokens is None else max(1, recipes[0].steps // 2),
+        evaluate_every=100 if tokens is None else 0,
     )  # fmt: skip
     last = recipes[1] or recipes[0]
     seen = sum(r.steps * r.batch_size * r.sequence_length for r in recipes if r is not None)

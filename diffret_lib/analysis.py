@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from diffret_lib.evaluation import holm, macro_interval, macro_randomization_p
+from diffret_lib import scoring
+from diffret_lib.evaluation import holm, macro_interval, macro_randomization_p, per_query
 from diffret_lib.prompts import ENGLISH_STOP_WORDS, Task, content_words
 from diffret_lib.representations import Representations
 from diffret_lib.retrievers import Retriever
@@ -107,15 +108,14 @@ def _cells(grid: pd.DataFrame, mode: str) -> pd.DataFrame:
 
 def predicted_tokens(retriever: Retriever, texts: Sequence[str], task: Task = "document") -> list[list[str]]:
     """The greedy token at each position that the retriever reads, up to the first special token."""
-    reader = retriever.reader
-    rows = []
-    for text in texts:
-        features: dict[str, Any] = reader.preprocess([text], task=task)
+    reader, rows = retriever.reader, []
+    for start in range(0, len(texts), 16):
+        features: dict[str, Any] = reader.preprocess(list(texts[start : start + 16]), task=task)
         features = {k: v.to(retriever.backbone.device) if torch.is_tensor(v) else v for k, v in features.items()}
         with torch.inference_mode():
             out = reader(features)
-        ids = out["predicted_ids"][0][out["attention_mask"][0].bool()]
-        rows.append([reader.tokenizer.decode([i]) for i in ids.tolist()])
+        for ids, valid in zip(out["predicted_ids"], out["attention_mask"].bool(), strict=True):
+            rows.append([reader.tokenizer.decode([i]) for i in ids[valid].tolist()])
     return rows
 
 
@@ -175,6 +175,30 @@ def reading_table(study: Study, texts: Sequence[str], task: Task) -> pd.DataFram
     for name, retriever in columns.items():
         table[name] = ["·".join(t.strip() or "␣" for t in row) for row in predicted_tokens(retriever, texts, task)]
     return table
+
+
+def read_out_table(study: Study, counts: Sequence[int] = (1, 4)) -> pd.DataFrame:
+    """nDCG@10 on the development collection, reading token i at position i - 1 (shifted) or at i.
+
+    Returns
+    -------
+    DataFrame
+        Columns read_out, K, dense, mean (dot product of the mean vectors), sparse, hybrid.
+    """
+    collection = study.development
+    qrels = collection.ranx_qrels()
+    rows = []
+    for k in counts:
+        for shifted in (True, False):
+            retriever = study.diffretriever(k, k, shifted=shifted)
+            sides = [study.encode(retriever, collection, task) for task in ("query", "document")]
+            row = {"read_out": "i - 1 (shifted)" if shifted else "i (not shifted)", "K": k}
+            for mode in ("dense", "mean", "sparse", "hybrid"):
+                ids = {"query_ids": collection.query_ids, "passage_ids": collection.passage_ids}
+                run = scoring.search(*sides, mode, study.profile.top_k, **ids)
+                row[mode] = float(per_query(qrels, run, (METRIC,))[METRIC].mean())
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def mean_self_similarity(representations: Representations) -> float:

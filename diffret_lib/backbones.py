@@ -453,6 +453,8 @@ def converted_folder(spec: Backbone) -> Path:
         with FileLock(parent / f"{spec.name}-{source.sha256[:8]}.lock"):
             if (folder / "config.json").is_file():  # another process made it while this one waited
                 return folder
+            for left in (*parent.glob(f".{spec.name}-*"), *folder.parent.glob(".*.tmp")):
+                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
             _check_space(parent, spec.name)
             logger.info("%s: fetching and converting, once, to %s", spec.name, folder)
             with (

@@ -78,9 +78,10 @@ def evaluate_run(qrels: ranx.Qrels, run: ranx.Run, metrics: Sequence[str] = METR
             f"the qrels {query_ids[0]!r} and others"
         )
     own = ranx.Run(name=run.name)  # ranx writes the values into the run
-    own.run, own.sorted = run.run.copy(), run.sorted
+    same = answered == set(query_ids)
+    own.run, own.sorted = run.run if same else run.run.copy(), run.sorted
     try:
-        ranx.evaluate(qrels, own, metrics, make_comparable=True)
+        ranx.evaluate(qrels, own, metrics, make_comparable=not same)
     except (KeyError, ValueError, NotImplementedError) as error:
         raise ValueError(f"cannot compute {', '.join(metrics)}: {error}") from error
     return Evaluation(query_ids, {m: np.array([own.scores[m][q] for q in query_ids], float) for m in metrics})

@@ -9,7 +9,7 @@ that is wrong and what that key may be.
 >>> from diffret_lib.profiles import load_profile
 >>> profile = load_profile("smoke")
 >>> profile.k_grid
-[1, 2, 4]
+[1, 4]
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ import hashlib
 import subprocess
 import sys
 import threading
+import warnings
 import zipfile
 from collections import namedtuple
 from pathlib import Path
@@ -163,7 +164,8 @@ def adapter(tmp_path_factory):
         r=4, lora_alpha=8, target_modules="all-linear", trainable_token_indices={"embed_tokens": [5]},
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         torch.manual_seed(3)
         adapted = peft.get_peft_model(model, config)
         for parameter in adapted.parameters():
@@ -204,10 +206,13 @@ def test_missing_or_foreign_adapter(folder, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(backbones, "_package_folder", lambda relative: tmp_path / relative)
     with pytest.raises(BackboneError, match="00_diffusion_backbone"):
         load_backbone("smollm2-135m-diffusion")
-    peft.get_peft_model(
-        tiny_model(320), peft.LoraConfig(r=4, target_modules="all-linear", modules_to_save=["embed_tokens"])
-    ).save_pretrained(tmp_path / "foreign")
-    with pytest.raises(BackboneError, match="does not fit"):
+    wider = tiny_model(320)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        foreign = peft.get_peft_model(wider, peft.LoraConfig(r=4, target_modules=["lm_head"]))
+        foreign.save_pretrained(tmp_path / "foreign")
+    with pytest.raises(BackboneError, match="does not fit"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         load_backbone(tiny_spec(folder), adapter=tmp_path / "foreign")
 
 
@@ -354,6 +359,16 @@ def test_disk_full_while_writing_leaves_nothing(spec, by_hand, monkeypatch, tmp_
     assert left_in_cache(tmp_path) == [f"small-{spec.source.sha256[:8]}"]
 
 
+def test_what_a_killed_process_left_is_removed(spec, by_hand, conversions, tmp_path):
+    folder = tmp_path / "cache" / "backbones"
+    left = [folder / ".small-abcd", folder / f"small-{spec.source.sha256[:8]}" / ".v1.0123.tmp"]
+    for path in left:
+        path.mkdir(parents=True)
+        (path / "model.gguf").write_bytes(b"half")
+    converted_folder(spec)
+    assert not any(path.exists() for path in left)
+
+
 def test_two_at_once_convert_once(spec, by_hand, conversions):
     found = []
     threads = [threading.Thread(target=lambda: found.append(converted_folder(spec))) for _ in range(3)]
@@ -379,8 +394,10 @@ def test_embedded_model_is_what_it_should_be(monkeypatch):
     monkeypatch.setenv("DIFFRET_CACHE", str(OWN_CACHE))
     loaded = load_backbone("smollm2-135m-instruct", device="cpu")
     assert sum(p.numel() for p in loaded.model.parameters()) == 134_515_008
-    messages = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
-    ids = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    ids = loaded.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         answer = loaded.tokenizer.decode(loaded.model(ids).logits[0, -1].argmax())
-    assert answer == "Paris"
+    assert answer == " Paris"
+    assert loaded.tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False).endswith(
+        "<|im_start|>user\nx<|im_end|>\n"
+    )

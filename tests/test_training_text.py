@@ -9,8 +9,8 @@ import pytest
 from diffret_lib import training_text
 from diffret_lib.training_text import Text, clean, docstrings, held_out_texts, read_installed, read_wheel, training_texts
 
+#: Thirteen words; a run of them in a collection and in another text is a leak.
 SHARED = "one two three four five six seven eight nine ten eleven twelve thirteen"
-#: Thirteen words that two texts below share, and twelve that do not make a leak.
 FILLER = {
     "good": "A heap keeps its smallest item at the front so that a queue of tasks gives the most urgent one first, always.",
     "other": "The second package explains how to draw straight lines between points and how to write them to a file again.",
@@ -48,15 +48,19 @@ def packages(tmp_path, monkeypatch):
     """A small world of packages: one collection, one held out, one to train on; and a folder for wheels."""
     site, wheels = tmp_path / "site", tmp_path / "wheels"
     wheels.mkdir()
-    install(site, "dr_frames", {"dr_frames/a.py": module(FILLER["collection"], f"{SHARED} ends it. {FILLER['other']}")})
+    install(site, "dr_frames", {"dr_frames/a.py": module(FILLER["collection"], f"{SHARED} ends it. {FILLER['collection']}")})
     install(site, "dr_kept_out", {"dr_kept_out/a.py": module("Held out. " + FILLER["other"] + " Kept out of training.")})
     install(site, "dr_good", {"dr_good/a.py": module(FILLER["good"] + " And more of it.")})
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setattr(training_text, "COLLECTION_PACKAGES", ("dr-frames",))
     monkeypatch.setattr(training_text, "HELD_OUT_PACKAGES", ("dr_kept_out",))
-    monkeypatch.setattr(training_text, "INSTALLED_PACKAGES", ("dr_good", "dr.frames", "dr-kept-out", "dr-not-installed"))
-    monkeypatch.setattr(training_text, "read_standard_library", lambda: iter(()))
     return wheels
+
+
+def read(wheels: Path, **options) -> list[Text]:
+    """Texts of that world."""
+    names = ("dr_good", "dr.frames", "dr-kept-out", "dr-not-installed")
+    return training_texts(wheels, packages=names, standard_library=False, **options)
 
 
 def test_lists_do_not_overlap():
@@ -72,7 +76,7 @@ def test_collections_and_held_out_packages_are_never_read(packages):
     for name in ("dr_frames", "DR.Frames", "dr_kept_out"):
         wheel(packages, name, {f"{name}/b.py": module(f"Only in the wheel of {name}. " + FILLER["good"] + " So it is.")})
     wheel(packages, "dr_other", {"dr_other/b.py": module(FILLER["other"] + " It is allowed, it is no collection.")})
-    texts = training_texts(packages)
+    texts = read(packages)
     assert {t.package for t in texts} == {"dr-good", "dr-other"}
 
 
@@ -80,7 +84,7 @@ def test_text_shared_with_a_collection_is_dropped(packages):
     twelve = " ".join(SHARED.split()[:12])
     leak = f"Copied: {SHARED.upper().replace(' ', ', ')}! {FILLER['good']}"
     wheel(packages, "dr_other", {"dr_other/b.py": module(leak, f"Twelve: {twelve} then other words. {FILLER['good']}")})
-    texts = [t.text for t in training_texts(packages) if t.package == "dr-other"]
+    texts = [t.text for t in read(packages) if t.package == "dr-other"]
     assert len(texts) == 1 and texts[0].startswith("Twelve")
 
 
@@ -88,21 +92,21 @@ def test_copies_are_dropped(packages):
     text = "This one is twice. " + FILLER["good"] + " The end of the text."
     wheel(packages, "dr_one", {"dr_one/a.py": module(text, text)})
     wheel(packages, "dr_two", {"dr_two/a.py": module(text)})
-    assert sum(t.text == text for t in training_texts(packages)) == 1
+    assert sum(t.text == text for t in read(packages)) == 1
 
 
 def test_no_package_dominates(packages):
     many = [f"Number {i} of many. {FILLER['good']} The end of number {i}." for i in range(50)]
     wheel(packages, "dr_big", {"dr_big/a.py": module(*many)})
-    texts = [t.text for t in training_texts(packages, max_chars_per_package=1000) if t.package == "dr-big"]
+    texts = [t.text for t in read(packages, max_chars_per_package=1000) if t.package == "dr-big"]
     assert 1000 <= sum(map(len, texts)) < 1000 + max(map(len, many))
 
 
 def test_order_is_that_of_the_seed(packages):
     wheel(packages, "dr_big", {"dr_big/a.py": module(*(f"Number {i}. {FILLER['good']} It ends." for i in range(20)))})
-    assert training_texts(packages, seed=1) == training_texts(packages, seed=1)
-    assert training_texts(packages, seed=1) != training_texts(packages, seed=2)
-    assert set(training_texts(packages, seed=1)) == set(training_texts(packages, seed=2))
+    assert read(packages, seed=1) == read(packages, seed=1)
+    assert read(packages, seed=1) != read(packages, seed=2)
+    assert set(read(packages, seed=1)) == set(read(packages, seed=2))
 
 
 def test_held_out_texts(packages):
@@ -117,8 +121,7 @@ def test_docstrings_of_source():
         'class A:\n    """A class."""\n    def method(self):\n        """\n        A method.\n\n          Indented.\n        """\n'
         '    async def later(self):\n        """Later."""\n        def inner():\n            """Inner."""\n'
         'def none(): pass\n'
-        'if True:\n    def nested():\n        "Under a condition."\n'
-        'x = """No docstring."""\n'
+            'x = """No docstring."""\n'
     )
     assert dict(docstrings(source)) == {
         "": "The module.",
@@ -126,7 +129,6 @@ def test_docstrings_of_source():
         "A.method": "A method.\n\n  Indented.",
         "A.later": "Later.",
         "A.later.inner": "Inner.",
-        "nested": "Under a condition.",
     }
 
 
@@ -167,10 +169,10 @@ def test_what_is_no_prose_is_left_out(tmp_path):
 
 def test_installed_and_wheel_give_the_same(tmp_path, monkeypatch):
     sources = {"dr_pkg/__init__.py": module(FILLER["good"] + " Told at length."), "dr_pkg/tests/t.py": module(FILLER["other"])}
-    install(tmp_path / "site", "dr_pkg", sources, "Described. " + FILLER["other"])
+    install(tmp_path / "site", "dr_pkg", sources, "Described at some length. " + FILLER["other"])
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     assert metadata.version("dr_pkg") == "1.0"
-    expected = list(read_wheel(wheel(tmp_path, "dr_pkg", sources, "Described. " + FILLER["other"])))
+    expected = list(read_wheel(wheel(tmp_path, "dr_pkg", sources, "Described at some length. " + FILLER["other"])))
     assert list(read_installed("dr_pkg")) == expected and len(expected) == 2
     assert all(isinstance(t, Text) for t in expected)
     assert list(read_installed("dr-not-installed")) == []

@@ -1,0 +1,407 @@
+from __future__ import annotations
+
+from itertools import product
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from statsmodels.stats.multitest import multipletests
+from tests.tiny import tiny_backbone
+
+from diffret_lib import analysis, figures, retrievers, study
+from diffret_lib.analysis import (
+    COMPARISONS,
+    compare_systems,
+    grid_table,
+    heat_map,
+    mask_words_table,
+    mean_self_similarity,
+    oracle_table,
+    pair_distribution,
+    per_query_best,
+    predicted_tokens,
+    reading_table,
+    share_of_content,
+    system_intervals,
+    transfer,
+    zero_shot_table,
+    zero_shot_wide,
+)
+from diffret_lib.collection import Collection
+from diffret_lib.evaluation import METRICS
+from diffret_lib.profiles import load_profile
+from diffret_lib.representations import Representations
+from diffret_lib.study import MODES, Study, macro, select_pair
+
+WORDS = ["heap", "tree", "array", "axis", "sorted copy", "eigenvalues", "square", "parent", "children", "queue"]
+
+
+def beir(folder, name: str, seed: int):
+    """A BEIR folder: 8 passages of random words, 5 queries out of one of them each."""
+    rng = np.random.default_rng(seed)
+    passages = [" ".join(rng.choice(WORDS, 6)) + f" {i}." for i in range(8)]
+    queries = [" ".join(passages[i].split()[:2]) for i in range(5)]
+    collection = Collection(
+        name, [f"p{i}" for i in range(8)], passages, [f"q{i}" for i in range(5)], queries,
+        {f"q{i}": {f"p{i}": 1, f"p{i + 1}": 1} for i in range(5)},
+    )  # fmt: skip
+    return str(collection.write_beir(folder / name))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A study on tiny backbones and three tiny collections, its cache apart."""
+    root = tmp_path_factory.mktemp("study")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("DIFFRET_CACHE", str(root / "cache"))
+    paths = {name: beir(root, name, i) for i, name in enumerate(("mine-train", "mine-test", "other"))}
+    profile = load_profile("smoke")
+    profile = profile.model_validate(
+        profile.model_dump()
+        | {
+            "train_collection": paths["mine-train"],
+            "test_collections": [paths["mine-test"], paths["other"]],
+            "k_grid": [1, 2],
+            "promptreps_max_tokens": 2,
+            "sample": {"queries": 4, "passages": 8},
+            "train_sample": {"queries": None, "passages": None},
+            "bootstrap_resamples": 50,
+        }
+    )
+    loaded = []
+
+    def load(name, *, dtype):
+        loaded.append(name)
+        return tiny_backbone(root / "tiny", "diffusion" if name == profile.backbones.diffusion else "autoregressive")
+
+    patch.setattr(study, "load_backbone", load)
+    yield Study(profile), loaded
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def evaluated(world) -> pd.DataFrame:
+    s, _ = world
+    systems = s.systems((2, 2))
+    return pd.concat([s.evaluate(system, c) for c in s.test_collections for system in systems], ignore_index=True)
+
+
+def count_forwards(monkeypatch) -> list[int]:
+    calls: list[int] = []
+    for reader in (retrievers.MaskedPositions, retrievers.NextTokens, retrievers.MeanOfTokens):
+        original = reader.forward
+
+        def forward(self, features, original=original, **kwargs):
+            calls.append(1)
+            return original(self, features, **kwargs)
+
+        monkeypatch.setattr(reader, "forward", forward)
+    return calls
+
+
+# -- the study -------------------------------------------------------------------------------------------------
+
+
+def test_collections_of_the_profile(world):
+    s, _ = world
+    assert [c.name for c in s.test_collections] == ["mine-test", "other"]
+    assert len(s.train_collection.queries) == 5 and s.train_collection.coverage == "whole"
+    assert all(len(c.queries) == 4 and c.coverage != "whole" for c in s.test_collections)
+
+
+def test_grid_and_selected_pair(world):
+    s, _ = world
+    grid = s.train_grid
+    assert list(grid.columns) == ["query_id", "metric", "value", "collection", "coverage", "k_query", "k_passage", "mode"]
+    cells = set(product([1, 2], [1, 2], MODES))
+    assert set(zip(grid["k_query"], grid["k_passage"], grid["mode"], strict=True)) == cells
+    assert len(grid) == len(cells) * 5 and grid["value"].between(0, 1).all()
+    # a cell is what encoding both sides for it alone and searching gives
+    alone = s.diffretriever(2, 1)
+    collection = s.train_collection
+    run = alone.search(
+        alone.encode_queries(collection.queries, progress=False), alone.encode_passages(collection.passages, progress=False),
+        "hybrid", s.profile.top_k, collection.query_ids, collection.passage_ids,
+    )  # fmt: skip
+    for query, relevant in collection.qrels.items():
+        order = list(run.run[query])[:10]
+        dcg = sum(1 / np.log2(2 + order.index(p)) for p in relevant if p in order)
+        ideal = sum(1 / np.log2(2 + i) for i in range(len(relevant)))
+        cell = grid[(grid["query_id"] == query) & (grid["k_query"] == 2) & (grid["k_passage"] == 1)]
+        assert cell[cell["mode"] == "hybrid"]["value"].item() == pytest.approx(dcg / ideal)
+    means = grid[grid["mode"] == "hybrid"].groupby(["k_query", "k_passage"])["value"].mean().drop((1, 1))
+    assert s.selected in means.index and means[s.selected] == pytest.approx(means.max())
+    assert set(s.test_grid["collection"]) == {"mine-test", "other"} and len(s.test_grid) == 2 * 4 * len(cells)
+    table = grid_table(s.test_grid)
+    assert list(table) == ["collection", "coverage", "mode", "k_query", "k_passage", "metric", "value"]
+    assert len(table) == 2 * len(cells)
+
+
+def test_a_second_encoding_comes_from_the_cache(world, monkeypatch):
+    s, _ = world
+    collection = s.test_collections[1]
+    for retriever in (s.diffretriever(2, 2), s.promptreps(2)):
+        first = {task: s.encode(retriever, collection, task) for task in ("query", "document")}
+        calls = count_forwards(monkeypatch)
+        for again in (s, Study(s.profile)):
+            fresh = again.diffretriever(2, 1) if retriever.name == "DiffRetriever" else again.promptreps(2)
+            query = again.encode(fresh, again.test_collections[1], "query")
+            assert not calls
+            assert isinstance(query.dense, np.memmap) and np.array_equal(query.dense, first["query"].dense)
+        assert np.array_equal(s.encode(retriever, collection, "document").dense, first["document"].dense)
+        assert not calls
+        # another count, other texts: computed anew
+        s.encode(s.diffretriever(4, 4), collection, "query")
+        assert calls
+        monkeypatch.undo()
+
+
+def test_each_backbone_is_loaded_once(world, evaluated):
+    _, loaded = world
+    counted = [loaded.count(name) for name in ("smollm2-135m-diffusion", "smollm2-135m-instruct")]
+    assert counted[0] <= 3 and counted[1] <= 3  # one study of this module, and two of the test above
+
+
+def test_systems_and_zero_shot_table(world, evaluated):
+    table = zero_shot_table(evaluated)
+    assert list(table) == ["system", "family", "mode", "k_query", "k_passage", "collection", "metric", "value", "coverage"]
+    assert not table.drop(columns=["k_query", "k_passage"]).isna().any().any()
+    assert not table.duplicated(["system", "mode", "collection", "metric"]).any()
+    pairs = {r.system: (r.family, r.k_query, r.k_passage) for r in table.itertuples()}
+    na = pd.NA
+    assert {k: v[0] for k, v in pairs.items()} == {
+        "BM25": "lexical", "Mean pooling": "autoregressive", "PromptReps single": "autoregressive",
+        "PromptReps multi (N=2)": "autoregressive", "DiffEmbed": "diffusion", "DiffRetriever single": "diffusion",
+        "DiffRetriever multi": "diffusion",
+    }  # fmt: skip
+    assert pairs["PromptReps multi (N=2)"][1:] == (3, 3) and pairs["DiffRetriever multi"][1:] == (2, 2)
+    assert pairs["DiffRetriever single"][1:] == (1, 1) and pairs["BM25"][1] is na
+    modes = table.groupby("system")["mode"].agg(lambda m: tuple(dict.fromkeys(m))).to_dict()
+    assert modes["BM25"] == ("sparse",) and modes["DiffEmbed"] == modes["Mean pooling"] == ("dense",)
+    assert all(modes[s] == MODES for s in modes if s.startswith(("DiffRetriever", "PromptReps")))
+    assert set(table["metric"]) == set(METRICS) and set(table["collection"]) == {"mine-test", "other"}
+    cell = evaluated[(evaluated["system"] == "BM25") & (evaluated["collection"] == "other") & (evaluated["metric"] == "mrr@10")]
+    row = table[(table["system"] == "BM25") & (table["collection"] == "other") & (table["metric"] == "mrr@10")]
+    assert len(cell) == 4 and row["value"].item() == pytest.approx(cell["value"].mean())
+    wide = zero_shot_wide(table, ["other"])
+    assert np.allclose(wide["macro"], wide["other"])
+    both = zero_shot_wide(table, ["other", "mine-test"])
+    assert np.allclose(both["macro"], (both["other"] + both["mine-test"]) / 2)
+    assert len(wide) == 1 + 1 + 1 + 4 * 3
+
+
+def test_out_of_domain_leaves_the_training_package_out():
+    s = Study(load_profile("embedded"))
+    names = [n.removeprefix("pydocs/") for n in s.profile.test_collections]
+    empty = [Collection(f"pydocs/{n}", ["p"], ["t"], ["q"], ["t"], {"q": {"p": 1}}) for n in names]
+    object.__setattr__(s, "test_collections", empty)
+    assert s.out_of_domain == [f"pydocs/{n}" for n in names if n != "pandas-test"] and len(s.out_of_domain) == 6
+
+
+def test_comparisons_and_intervals_run_on_a_study(world, evaluated):
+    s, _ = world
+    table = compare_systems(evaluated, COMPARISONS, ["mine-test", "other"], resamples=50, seed=0)
+    assert len(table) == len(COMPARISONS) and (table["queries"] == 8).all()
+    intervals = system_intervals(evaluated, ["mine-test", "other"], 50, 0)
+    assert len(intervals) == 15 and (intervals["low"] <= intervals["value"]).all()
+
+
+def test_tables_of_words(world):
+    s, _ = world
+    texts = ["A heap is a binary tree.", "Return a sorted copy."]
+    words, shares = mask_words_table(s, texts)
+    assert len(words) == 2 and list(shares["reading"]) == ["one mask", "four masks", "parent, next token", "parent, decoded"]
+    assert shares[["content", "in_text"]].stack().between(0, 1).all()
+    assert list(reading_table(s, texts, "query")) == [
+        "text", "DiffRetriever K=1", "DiffRetriever K=4", "PromptReps single", "PromptReps multi (N=2)"
+    ]  # fmt: skip
+    tokens = predicted_tokens(s.diffretriever(4, 4), texts)
+    assert all(1 <= len(row) <= 4 for row in tokens)
+    assert [len(r) for r in predicted_tokens(s.promptreps(0), texts)] == [1, 1]
+
+
+# -- analyses on frames made by hand ---------------------------------------------------------------------------
+
+VALUES = {  # (1, 1), (1, 2), (2, 1), (2, 2)
+    "q1": (0.5, 0.5, 0.8, 0.8),  # the pair of fewest vectors among the best: (2, 1)
+    "q2": (1.0, 1.0, 1.0, 1.0),  # all tie
+    "q3": (0.2, 0.6, 0.4, 0.1),
+    "q4": (0.0, 0.5, 0.5, 0.3),  # as many vectors: the smallest Kq
+}
+PAIRS = [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+
+def frame(values: dict[str, tuple[float, ...]], collection: str = "c") -> pd.DataFrame:
+    rows = []
+    for query, row in values.items():
+        for (kq, kp), value in zip(PAIRS, row, strict=True):
+            base = {"collection": collection, "coverage": "whole", "query_id": query, "k_query": kq, "k_passage": kp}
+            rows.append({**base, "mode": "hybrid", "metric": "ndcg@10", "value": value})
+            rows.append({**base, "mode": "dense", "metric": "ndcg@10", "value": 1 - value})
+            rows.append({**base, "mode": "hybrid", "metric": "mrr@10", "value": 0.123})
+    return pd.DataFrame(rows).sample(frac=1, random_state=0)
+
+
+def test_best_pair_of_each_query():
+    best = per_query_best(frame(VALUES)).set_index("query_id")
+    assert best[["k_query", "k_passage"]].apply(tuple, axis=1).to_dict() == {
+        "q1": (2, 1), "q2": (1, 1), "q3": (1, 2), "q4": (1, 2)
+    }  # fmt: skip
+    assert best["value"].to_dict() == {"q1": 0.8, "q2": 1.0, "q3": 0.6, "q4": 0.5}
+    assert best["ties"].to_dict() == {"q1": 2, "q2": 4, "q3": 1, "q4": 2}
+    assert best["worst"].to_dict() == {"q1": 0.5, "q2": 1.0, "q3": 0.1, "q4": 0.0}
+
+
+def test_oracle_and_transfer():
+    # means: (1, 1) 0.425, (1, 2) 0.65, (2, 1) 0.675, (2, 2) 0.55
+    row = oracle_table(frame(VALUES), (2, 2)).iloc[0]
+    assert row[["collection", "coverage", "queries", "best_fixed_pair"]].tolist() == ["c", "whole", 4, "(2, 1)"]
+    found = row[["single", "selected", "best_fixed", "oracle", "headroom", "tied"]].astype(float)
+    np.testing.assert_allclose(found, [0.425, 0.55, 0.675, 0.725, 0.05, 0.25])
+    moved = transfer(frame(VALUES), (2, 2)).iloc[0]
+    np.testing.assert_allclose(moved[["selected", "best", "loss", "single"]].astype(float), [0.55, 0.675, 0.125, 0.425])
+    dense = transfer(frame(VALUES), (2, 2), mode="dense").iloc[0]
+    assert dense["best_pair"] == "(1, 1)" and dense["loss"] == pytest.approx(0.575 - 0.45)
+    two = pd.concat([frame(VALUES), frame({"q1": (0, 0, 0, 1)}, "d")])
+    assert oracle_table(two, (2, 2))["oracle"].tolist() == pytest.approx([0.725, 1.0])
+    assert oracle_table(two, (2, 2))["tied"].tolist() == [0.25, 0.0]
+
+
+def test_distribution_of_the_best_pairs():
+    shares = pair_distribution(per_query_best(frame(VALUES)), [1, 2])
+    # q2, on which all pairs tie, does not count
+    np.testing.assert_allclose(shares.to_numpy(), [[0, 200 / 3], [100 / 3, 0]])
+    nothing = pair_distribution(per_query_best(frame({"q": (1, 1, 1, 1)})), [1, 2])
+    assert nothing.to_numpy().tolist() == [[0, 0], [0, 0]]
+
+
+def test_heat_map_averages_collections_alike():
+    grid = pd.concat([frame(VALUES), frame({"q1": (0, 0, 0, 1)}, "d")])
+    cells = heat_map(grid, "hybrid")
+    np.testing.assert_allclose(cells.to_numpy(), [[0.425 / 2, 0.325], [0.3375, 0.775]])
+    assert list(cells.index) == list(cells.columns) == [1, 2] and cells.index.name == "k_query"
+    averaged = macro(grid[(grid["mode"] == "hybrid") & (grid["metric"] == "ndcg@10")], ["k_query", "k_passage"])
+    assert averaged.set_index(["k_query", "k_passage"])["value"][2, 2] == pytest.approx(0.775)
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ((0.9, 0.2, 0.3, 0.4), (2, 2)),  # (1, 1) is no choice for a multi
+        ((0.1, 0.5, 0.5, 0.5), (2, 1)),  # of equals the smaller Kp
+        ((0.1, 0.5, 0.4, 0.5), (1, 2)),  # then the smaller Kq
+        ((0.1, 0.5, 0.5 + 1e-9, 0.6), (2, 2)),
+    ],
+)
+def test_selected_pair(row, pair):
+    assert select_pair(frame({"q": row})) == pair
+
+
+def by_system(values: dict[str, list[float]], collection: str) -> pd.DataFrame:
+    rows = [
+        {"system": system, "mode": "dense", "metric": "ndcg@10", "collection": collection, "query_id": f"q{i}", "value": v}
+        for system, row in values.items() for i, v in enumerate(row)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_compared_systems_by_hand():
+    one = by_system({"A": [0.9, 0.8, 0.7, 0.9], "B (N=2)": [0.5, 0.5, 0.5, 0.5], "C": [0.9, 0.8, 0.7, 0.9]}, "one")
+    two = by_system({"A": [0.6] * 8, "B (N=2)": [0.5] * 8, "C": [0.6] * 8}, "two")
+    data = pd.concat([one, two, by_system({"A": [0.0], "B (N=2)": [1.0], "C": [0.0]}, "left out")])
+    pairs = [("A", "B", "dense"), ("A", "C", "dense"), ("B", "A", "dense")]
+    table = compare_systems(data.sample(frac=1, random_state=1), pairs, ["one", "two"], resamples=4999, seed=0)
+    # macro: the mean of 0.325 and 0.1
+    assert table["difference"].tolist() == pytest.approx([0.2125, 0.0, -0.2125])
+    assert table["queries"].tolist() == [12, 12, 12]
+    # all signs alike: 2 of the 2^12 flips are as extreme
+    assert table["p"].tolist() == pytest.approx([2 / 4096, 1.0, 2 / 4096], rel=0.01, abs=2e-4)
+    np.testing.assert_allclose(table["p_corrected"], multipletests(table["p"], method="holm")[1])
+    assert table["p_corrected"][0] == pytest.approx(3 * table["p"][0])
+    assert table["reading"].tolist() == ["better", "no clear difference", "worse"]
+    assert (table["low"] <= table["difference"]).all() and (table["difference"] <= table["high"]).all()
+
+
+def test_systems_of_different_queries_are_not_compared():
+    data = pd.concat([by_system({"A": [0.9, 0.8]}, "one"), by_system({"B": [0.5]}, "one")])
+    with pytest.raises(ValueError, match=r"A and B \(dense\) were not evaluated on the same queries"):
+        compare_systems(data, [("A", "B", "dense")], ["one"], resamples=10, seed=0)
+
+
+def test_share_of_content():
+    text = "A heap is a binary tree for which every parent counts."
+    assert share_of_content([" heap", "bin", " the", '"', " axis"], text) == {"content": 0.6, "in_text": 0.4}
+    assert share_of_content([], text) == {"content": 0.0, "in_text": 0.0}
+
+
+def test_mean_self_similarity():
+    dense = np.zeros((3, 3, 2), np.float32)
+    dense[0, 0] = dense[0, 1] = dense[0, 2] = (1, 0)  # 1
+    dense[1, 0], dense[1, 1] = (1, 0), (0, 1)  # 0
+    dense[2, 0] = (1, 0)  # one vector: does not count
+    assert mean_self_similarity(Representations(dense, np.array([3, 2, 1]))) == pytest.approx(0.5)
+    assert np.isnan(mean_self_similarity(Representations(dense[2:], np.array([1]))))
+
+
+# -- figures ---------------------------------------------------------------------------------------------------
+
+
+def labelled(fig) -> None:
+    """Every axis says what it shows."""
+    axes = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
+    assert axes
+    for ax in axes:
+        assert ax.get_xlabel()
+        names = [t.get_text() for t in ax.get_yticklabels()]
+        assert ax.get_ylabel() or any(len(n) > 3 and n[0].isalpha() for n in names)
+    fig.canvas.draw()
+    plt.close(fig)
+
+
+def test_figures_of_a_study(world, evaluated):
+    s, _ = world
+    fig = figures.grid(s.test_grid, "tiny")
+    assert [ax.get_title() for ax in fig.axes] == list(MODES)
+    labelled(fig)
+    fig = figures.zero_shot(evaluated, ["mine-test", "other"], 50, 0)
+    assert len(fig.axes[0].get_yticks()) == 7
+    assert [t.get_text() for t in fig.axes[0].get_legend().get_texts()] == list(MODES)
+    labelled(fig)
+    comparisons = compare_systems(evaluated, COMPARISONS, ["mine-test", "other"], resamples=50, seed=0)
+    fig = figures.forest(comparisons)
+    assert len(fig.axes[0].get_yticklabels()) == len(COMPARISONS)
+    labelled(fig)
+    table = oracle_table(s.test_grid, s.selected)
+    fig = figures.oracle(table)
+    assert len(fig.axes[0].patches) == 4 * len(table)
+    labelled(fig)
+    labelled(figures.distribution(pair_distribution(per_query_best(s.test_grid), s.profile.k_grid)))
+
+
+def test_figure_of_the_curves():
+    log = {
+        "curve": [
+            {"stage": "documentation", "step": 10, "tokens_seen": 1000, "loss": 5.0},
+            {"stage": "documentation", "step": 10, "tokens_seen": 1000, "held_out": {"0.15": 4.0, "0.5": 6.0}},
+            {"stage": "answers", "step": 10, "tokens_seen": 500, "loss": 3.0},
+            {"stage": "answers", "step": 10, "tokens_seen": 500, "held_out": {"0.15": 3.0, "0.5": 5.0}},
+        ]
+    }
+    fig = figures.curves(log)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in fig.axes[0].lines}
+    assert lines == {
+        "training, documentation": [[1.0, 5.0]],
+        "training, answers": [[1.5, 3.0]],  # after the first stage
+        "held out, 15% masked": [[1.0, 4.0], [1.5, 3.0]],
+        "held out, 50% masked": [[1.0, 6.0], [1.5, 5.0]],
+    }
+    labelled(fig)
+
+
+def test_every_comparison_names_systems_that_there_are(world):
+    s, _ = world
+    names = [system.name for system in s.systems((2, 2))]
+    for better, than, mode in analysis.COMPARISONS:
+        assert mode in MODES
+        assert sum(n.startswith(better) for n in names) == sum(n.startswith(than) for n in names) == 1
