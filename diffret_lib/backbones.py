@@ -316,8 +316,8 @@ def load_backbone(
 def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
     """Let every position attend to every other, with and without a padding mask.
 
-    ``config.is_causal`` decides which mask transformers makes.  Without padding it makes none, and the
-    attention function then asks the layer.
+    ``config.is_causal`` decides which mask transformers makes.  The layers' own flag is what an attention
+    function asks that is given no mask; it is set too, so that no version or kernel falls back to causal.
     """
     model.config.is_causal = False
     for module in model.modules():
