@@ -6,13 +6,15 @@ autoregressive parent, let attention look both ways, and train with the masked-d
 .. math:: L = E_{t, m} [ -\\frac{1}{|m|} \\sum_{i \\in m} \\log p(x_i \\mid x_{\\setminus m}) ],
 
 where each sequence draws its masking ratio t, and token i is read at position i - 1 (Dream's *shift*,
-which keeps the parent's habit of predicting the next token).  Two stages:
+which keeps the parent's habit of predicting the next token).  Three stages, each from where the one before ended:
 
 ``documentation``
     packed documentation text (:mod:`diffret_lib.training_text`);
 ``answers``
     the retrieval prompt with an answer of the autoregressive parent, masked at random ratios, fully
-    masked included, mixed half and half with documentation.
+    masked included, mixed half and half with documentation;
+``refinement``
+    the same mixture of other documentation and answers to other texts, the learning rate raised once more.
 
 The result is a PEFT adapter: LoRA on all linear layers and one trained embedding row for the mask token.
 """
@@ -22,7 +24,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,8 @@ class Recipe:
 
     ``tokens`` counts the tokens of all sequences of the stage, each taken as ``sequence_length``; a step takes
     ``batch_size`` sequences.  The learning rate warms up and falls along a cosine to ``final_learning_rate``,
-    which it reaches after ``schedule_tokens`` (by default at the end).
+    which it reaches after ``schedule_tokens`` (by default at the end).  With ``answered_passages`` every second
+    sequence is a retrieval prompt that the parent answered, for that many passages and a quarter as many queries.
     """
 
     stage: str = "documentation"
@@ -61,6 +64,7 @@ class Recipe:
     final_learning_rate: float = 2e-4
     warmup_steps: int = 30
     seed: int = 0
+    answered_passages: int = 0
 
     @property
     def steps(self) -> int:
@@ -70,14 +74,20 @@ class Recipe:
     def schedule_steps(self) -> int:
         return max(1, (self.schedule_tokens or self.tokens) // (self.sequence_length * self.batch_size))
 
+    @property
+    def documentation_rows(self) -> int:
+        """Sequences of documentation that the stage takes."""
+        return self.steps * self.batch_size // (2 if self.answered_passages else 1)
 
-#: The stages of the committed adapter.
+
 DOCUMENTATION = Recipe(schedule_tokens=921_600)
 ANSWERS = Recipe(
-    stage="answers", tokens=307_200, learning_rate=5e-4, final_learning_rate=2e-5, warmup_steps=20, seed=1
-)
-#: Passages that the parent answers for; a quarter as many queries besides.
-ANSWERED_PASSAGES = 480
+    stage="answers", tokens=307_200, learning_rate=5e-4, final_learning_rate=2e-5, warmup_steps=20, seed=1,
+    answered_passages=480,
+)  # fmt: skip
+REFINEMENT = replace(ANSWERS, stage="refinement", tokens=409_600, learning_rate=7e-4, seed=2, answered_passages=640)
+#: The stages of the committed adapter.
+STAGES = (DOCUMENTATION, ANSWERS, REFINEMENT)
 
 
 def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, *, limit: int) -> np.ndarray:
@@ -497,70 +507,92 @@ def adapt(
     work: Path,
     *,
     held_out: np.ndarray,
-    documentation: Recipe = DOCUMENTATION,
-    answers: Recipe | None = ANSWERS,
-    answered_passages: int = ANSWERED_PASSAGES,
+    stages: Sequence[Recipe] = STAGES,
     evaluate_every: int = 100,
 ) -> PeftModel:
-    """Both stages, from the parent to the adapter; started again it goes on from the last checkpoint.
+    """All stages, from the parent to the adapter; started again it goes on from the last checkpoint.
 
     Parameters
     ----------
     parent : callable
         Gives the parent's causal LM, freshly loaded, in bfloat16 (or float32, slower).
     texts : sequence of str, or a callable that gives it
-        Shuffled training texts; asked for only when there is something to train.  Documentation is taken from the front, texts to answer from the back.
+        Shuffled training texts; asked for only when there is something to train.  Documentation is taken from
+        the front, texts to answer from the back, other ones for every stage.
     work : Path
-        Folder of checkpoints, the parent's answers and ``curve.jsonl`` of each stage.
+        A folder for each stage: checkpoints, the parent's answers, ``curve.jsonl`` and the stage's ``adapter``.
     held_out : ndarray of int64, shape (n, length)
         Rows for the held-out cross-entropy.
-    answers : Recipe, optional
-        None leaves the second stage out.
+    stages : sequence of Recipe
+        With the same sequence length.
 
     Returns
     -------
     PeftModel
+
+    Raises
+    ------
+    ValueError
+        When the texts are too few for the recipes.
     """
     work = Path(work)
-    first = documentation.steps * documentation.batch_size
-    second = answers.steps * answers.batch_size // 2 if answers else 0
-    pad_id = tokenizer.pad_token_id
 
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
         return held_out_cross_entropy(model, held_out, mask_id)
 
-    def run(model: PeftModel, recipe: Recipe, data: MaskedRows) -> PeftModel:
-        every = {"evaluate_every": evaluate_every}
-        return train(model, data, recipe, work / recipe.stage, pad_id=pad_id, evaluate=evaluate, **every)
-
-    last = work / (answers or documentation).stage / "adapter"
-    if (last / "adapter_model.safetensors").exists():
-        return PeftModel.from_pretrained(bidirectional(parent()), last)
-    texts = texts() if callable(texts) else texts
-    rows = pack(texts, tokenizer, documentation.sequence_length, limit=first + second)
-    if len(rows) < first + second:
-        raise ValueError(
-            f"the training texts give {len(rows)} sequences of {documentation.sequence_length} tokens, "
-            f"and the recipe needs {first + second}: read more packages, or lower the recipe's tokens"
-        )
-    finished = work / documentation.stage / "adapter"
-    if (finished / "adapter_model.safetensors").exists():
-        model = PeftModel.from_pretrained(bidirectional(parent()), finished, is_trainable=True)
-    else:
-        data = MaskedRows(rows[:first], mask_id, batch_size=documentation.batch_size, seed=documentation.seed)
-        model = run(new_adapter(bidirectional(parent()), mask_id, documentation), documentation, data)
-    if answers is None:
+    done = max((i for i, s in enumerate(stages, 1) if _is_finished(work / s.stage)), default=0)
+    model = None
+    if done:
+        last = work / stages[done - 1].stage / "adapter"
+        model = PeftModel.from_pretrained(bidirectional(parent()), last, is_trainable=done < len(stages))
+    if done == len(stages):
         return model
-    kept = work / "answers.pt"
+    texts = texts() if callable(texts) else texts
+    needed = sum(stage.documentation_rows for stage in stages)
+    rows = pack(texts, tokenizer, stages[0].sequence_length, limit=needed)
+    if len(rows) < needed:
+        raise ValueError(
+            f"the training texts give {len(rows)} sequences of {stages[0].sequence_length} tokens, "
+            f"and the recipe needs {needed}: read more packages, or lower the recipe's tokens"
+        )
+    for i, stage in enumerate(stages[done:], done):
+        first = sum(s.documentation_rows for s in stages[:i])
+        data = MaskedRows(
+            rows[first : first + stage.documentation_rows], mask_id, batch_size=stage.batch_size, seed=stage.seed,
+            answers=_stage_answers(parent, tokenizer, texts, work / stage.stage, stages[: i + 1]),
+        )  # fmt: skip
+        if model is None:
+            model = new_adapter(bidirectional(parent()), mask_id, stage)
+        model = train(
+            model, data, stage, work / stage.stage,
+            pad_id=tokenizer.pad_token_id, evaluate=evaluate, evaluate_every=evaluate_every,
+        )  # fmt: skip
+    return model
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / "adapter" / "adapter_model.safetensors").exists()
+
+
+def _stage_answers(
+    parent: Callable[[], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    folder: Path,
+    stages: Sequence[Recipe],
+) -> list[Answer]:
+    """The answers of the last of ``stages``, kept in its folder; the texts are behind those of earlier stages."""
+    *earlier, stage = stages
+    if not stage.answered_passages:
+        return []
+    kept = folder / "answers.pt"
     if not kept.exists():
-        collected = collect_answers(parent(), tokenizer, texts[::-1], answered_passages, answers.seed)
+        # a stage passes over some texts: two for each passage that it answers are more than it has seen
+        skip = 2 * sum(s.answered_passages for s in earlier)
+        collected = collect_answers(parent(), tokenizer, texts[::-1][skip:], stage.answered_passages, stage.seed)
         with atomic_path(kept) as temporary:
             torch.save(collected, temporary)
-    collected = torch.load(kept, weights_only=False)
-    data = MaskedRows(
-        rows[first:], mask_id, batch_size=answers.batch_size, seed=answers.seed, answers=collected
-    )
-    return run(model, answers, data)
+    return torch.load(kept, weights_only=False)
 
 
 def export_adapter(source: Path, target: Path, base_name: str) -> int:
@@ -585,8 +617,8 @@ def export_adapter(source: Path, target: Path, base_name: str) -> int:
 def read_curves(work: Path) -> list[dict]:
     """Records of ``curve.jsonl`` of all stages in ``work``, in order; of a step logged twice the later one."""
     records: list[dict] = []
-    for stage in (DOCUMENTATION.stage, ANSWERS.stage):
-        path = Path(work) / stage / "curve.jsonl"
+    for stage in STAGES:
+        path = Path(work) / stage.stage / "curve.jsonl"
         if path.exists():
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             records += {(r["step"], "held_out" in r): r for r in lines}.values()

@@ -15,9 +15,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from diffret_lib.adaptation import (
-    ANSWERED_PASSAGES,
-    ANSWERS,
     DOCUMENTATION,
+    STAGES,
     Recipe,
     adapt,
     export_adapter,
@@ -67,27 +66,24 @@ def run_recipe(
     Checkpoints go to ``work``, or to the cache folder under a name that the settings make; a run that is
     finished there is loaded.
     """
-    if tokens is None:
-        recipes: tuple[Recipe, Recipe | None] = (DOCUMENTATION, ANSWERS)
-    else:
-        recipes = (replace(DOCUMENTATION, tokens=tokens, schedule_tokens=None, warmup_steps=4), None)
+    stages: tuple[Recipe, ...] = STAGES
+    if tokens is not None:
+        stages = (replace(DOCUMENTATION, tokens=tokens, schedule_tokens=None, warmup_steps=4),)
     if work is None:
-        work = cache_dir() / "adaptation" / fingerprint(parent, [repr(r) for r in recipes])[:16]
+        work = cache_dir() / "adaptation" / fingerprint(parent, [repr(r) for r in stages])[:16]
     model = adapt(
         lambda: load_backbone(parent, dtype="bfloat16").model,
-        tokenizer, mask_id, texts, Path(work), held_out=held_out, documentation=recipes[0], answers=recipes[1],
+        tokenizer, mask_id, texts, Path(work), held_out=held_out, stages=stages,
         evaluate_every=100 if tokens is None else 0,
     )  # fmt: skip
-    last = recipes[1] or recipes[0]
-    seen = sum(r.steps * r.batch_size * r.sequence_length for r in recipes if r is not None)
-    return Run(model, Path(work) / last.stage / "adapter", seen, read_curves(Path(work)))
+    seen = sum(r.steps * r.batch_size * r.sequence_length for r in stages)
+    return Run(model, Path(work) / stages[-1].stage / "adapter", seen, read_curves(Path(work)))
 
 
 def write_log(work: Path, adapter: Path, retrieval: pd.DataFrame, **more: Any) -> None:
     """Write :data:`LOG` beside an adapter: recipes, curves, and retrieval at each stage."""
-    stages = (DOCUMENTATION.stage, ANSWERS.stage)
     log = {
-        "recipes": [json.loads((Path(work) / s / "recipe.json").read_text()) for s in stages],
+        "recipes": [json.loads((Path(work) / s.stage / "recipe.json").read_text()) for s in STAGES],
         "curve": read_curves(work),
         "retrieval": json.loads(retrieval.to_json(orient="records")),
         **more,
@@ -118,8 +114,8 @@ in `notebooks/adaptation-wheels.txt`, the standard library's docstrings, and the
 package that is a retrieval collection ({collections}) is read, texts that share 13 words in a row with one of their
 docstrings are dropped, and {held_out} are held out.
 
-The second stage adds the retrieval prompt with the answer of SmolLM2-135M-Instruct to it, for {answered} passages and
-a quarter as many queries out of the same documentation. No relevance judgement is used anywhere.
+The later stages add the retrieval prompt with the answer of SmolLM2-135M-Instruct to it, for `answered_passages`
+passages and a quarter as many queries out of the same documentation. No relevance judgement is used anywhere.
 
 ## Recipe
 
@@ -139,7 +135,7 @@ nDCG@10 on {collection}.
 
 ## Limits
 
-135 M parameters and about an hour of CPU training: far from Dream or LLaDA. It knows Python documentation in
+135 M parameters and some hours of CPU training: far from Dream or LLaDA. It knows Python documentation in
 English; it was not tried on anything else, and it is no text generator.
 """
 
@@ -160,7 +156,6 @@ def write_card(adapter: Path) -> None:
     card = CARD.format(
         collections=", ".join(COLLECTION_PACKAGES),
         held_out=", ".join(HELD_OUT_PACKAGES),
-        answered=log["answered_passages"],
         recipes=recipes.set_index("stage").T.to_markdown(),
         losses=pd.DataFrame([first, *held_out, last]).to_markdown(index=False, floatfmt=".2f"),
         collection=log["collection_name"],
@@ -247,7 +242,8 @@ def logged_retrieval(log: Mapping[str, Any], collection: Collection, but: Sequen
 
     Empty when they were measured on another sample than ``collection``.
     """
-    table = pd.DataFrame(log["retrieval"]).astype({"K": "Int64"})
+    columns = ["stage", "system", "K", "dense", "sparse", "hybrid"]
+    table = pd.DataFrame(log["retrieval"], columns=columns).astype({"K": "Int64"})
     return table[~table["stage"].isin(["", *but]) & (log["collection"] == collection.fingerprint)]
 
 
@@ -260,7 +256,8 @@ def publish(work: Path, profile: str = "embedded") -> None:
     study = Study(load_profile(profile))
     name = study.profile.backbones.diffusion
     target = adapter_path(name)
-    size = export_adapter(Path(work) / ANSWERS.stage / "adapter", target, study.profile.backbones.autoregressive)
+    known = read_log(target) if (target / LOG).exists() else {"retrieval": [], "collection": ""}
+    size = export_adapter(Path(work) / STAGES[-1].stage / "adapter", target, study.profile.backbones.autoregressive)
     print(f"{target}: {size / 1e6:.1f} MB")
     backbone = load_backbone(name, adapter="none", dtype="bfloat16")
     rows = pack(
@@ -269,14 +266,15 @@ def publish(work: Path, profile: str = "embedded") -> None:
     before = held_out_cross_entropy(backbone.model, rows, backbone.mask_id, progress=True)
     after = held_out_cross_entropy(study.backbone("diffusion").model, rows, backbone.mask_id, progress=True)
     collection = study.development
-    stages = {
-        "parent, attention both ways": "none",
-        DOCUMENTATION.stage: Path(work) / DOCUMENTATION.stage / "adapter",
-        COMMITTED: None,
-    }
+    folders = {s.stage: Path(work) / s.stage / "adapter" for s in STAGES[:-1]}
+    stages = {"parent, attention both ways": "none"}
+    stages |= {name: folder for name, folder in folders.items() if folder.exists()} | {COMMITTED: None}
+    measured = stage_retrieval(study, collection, stages)
+    # a stage whose adapter is no longer there keeps what was measured when it was
+    earlier = logged_retrieval(known, collection, but=list(stages))
     write_log(
-        work, target, stage_retrieval(study, collection, stages),
-        before=before, after=after, answered_passages=ANSWERED_PASSAGES, collection=collection.fingerprint,
+        work, target, pd.concat([measured, earlier], ignore_index=True),
+        before=before, after=after, collection=collection.fingerprint,
         collection_name=f"{collection.name} ({collection.coverage})",
     )  # fmt: skip
     write_card(target)
