@@ -159,8 +159,8 @@ def write_card(adapter: Path) -> None:
         recipes=recipes.set_index("stage").T.to_markdown(),
         losses=pd.DataFrame([first, *held_out, last]).to_markdown(index=False, floatfmt=".2f"),
         collection=log["collection_name"],
-        retrieval=pd.DataFrame(log["retrieval"]).astype({"K": "Int64"}).to_markdown(
-            index=False, floatfmt=".3f", missingval=""
+        retrieval=pd.DataFrame(log["retrieval"]).astype({"K": "Int64"}).astype(object).fillna("").to_markdown(
+            index=False, floatfmt=".3f"
         ),
     )
     with atomic_path(Path(adapter) / "README.md") as temporary:
@@ -272,8 +272,10 @@ def publish(work: Path, profile: str = "embedded") -> None:
     measured = stage_retrieval(study, collection, stages)
     # a stage whose adapter is no longer there keeps what was measured when it was
     earlier = logged_retrieval(known, collection, but=list(stages))
+    order = ["", "parent, attention both ways", *folders, COMMITTED]
+    retrieval = pd.concat([measured, earlier]).sort_values("stage", key=lambda s: s.map(order.index), kind="stable")
     write_log(
-        work, target, pd.concat([measured, earlier], ignore_index=True),
+        work, target, retrieval,
         before=before, after=after, collection=collection.fingerprint,
         collection_name=f"{collection.name} ({collection.coverage})",
     )  # fmt: skip
