@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -217,18 +218,25 @@ def grid_table(grid: pd.DataFrame) -> pd.DataFrame:
     return grid.groupby(keys, sort=False)["value"].mean().reset_index()
 
 
-def zero_shot_table(per_query: pd.DataFrame) -> pd.DataFrame:
-    """Means over queries: columns system, family, mode, k_query, k_passage, collection, metric, value, coverage."""
-    keys = ["system", "family", "mode", "k_query", "k_passage", "collection", "metric"]
+def evaluation_table(per_query: pd.DataFrame) -> pd.DataFrame:
+    """Means over queries: columns training, system, family, mode, k_query, k_passage, collection, metric, value, coverage."""
+    keys = ["training", "system", "family", "mode", *PAIR, "collection", "metric"]
     table = per_query.groupby([*keys, "coverage"], sort=False, dropna=False)["value"].mean().reset_index()
     table[PAIR] = table[PAIR].astype("Int64")
     return table[[*keys, "value", "coverage"]]
 
 
-def zero_shot_wide(table: pd.DataFrame, out_of_domain: Sequence[str], metric: str = METRIC) -> pd.DataFrame:
-    """One row a system and mode, a column a collection, and the macro average of the out-of-domain ones."""
+def zero_shot_table(per_query: pd.DataFrame) -> pd.DataFrame:
+    """The zero-shot rows of :func:`evaluation_table`, without their column training."""
+    table = evaluation_table(per_query)
+    return table[table["training"] == "zero-shot"].drop(columns="training").reset_index(drop=True)
+
+
+def evaluation_wide(table: pd.DataFrame, out_of_domain: Sequence[str], metric: str = METRIC) -> pd.DataFrame:
+    """One row a training, system and mode, a column a collection, and the macro average of the out-of-domain ones."""
     cells = table[table["metric"] == metric]
-    wide = cells.pivot_table(index=["system", "mode"], columns="collection", values="value", sort=False)
+    index = [name for name in ("training", "system", "mode") if name in cells]
+    wide = cells.pivot_table(index=index, columns="collection", values="value", sort=False)
     wide["macro"] = wide[list(out_of_domain)].mean(axis=1)
     return wide.rename(columns=lambda c: c.removeprefix("pydocs/")).rename_axis(columns=None).reset_index()
 
@@ -239,11 +247,17 @@ def system_intervals(
     """Macro averages with bootstrap intervals (queries resampled within each collection)."""
     chosen = per_query[(per_query["metric"] == metric) & per_query["collection"].isin(collections)]
     rows = []
-    for (system, mode), cells in chosen.groupby(["system", "mode"], sort=False):
+    for (training, system, mode), cells in chosen.groupby(["training", "system", "mode"], sort=False):
         values = {c: v["value"].to_numpy() for c, v in cells.groupby("collection", sort=False)}
         value, low, high = macro_interval(values, resamples, seed)
-        rows.append({"system": system, "mode": mode, "value": value, "low": low, "high": high})
+        rows.append({"training": training, "system": system, "mode": mode, "value": value, "low": low, "high": high})
     return pd.DataFrame(rows)
+
+
+def comparison_name(system: str, training: str) -> str:
+    """A system's name in comparisons: without the number of tokens it decodes, and fine-tuned if it is."""
+    name = re.sub(r" \(N=\d+\)$", "", system)
+    return name if training == "zero-shot" else f"{name}, {training}"
 
 
 #: The paired comparisons of the zero-shot study: (better by the paper's claims, than), both in the same mode.
@@ -254,6 +268,17 @@ COMPARISONS = (
     *(("DiffRetriever single", "PromptReps single", mode) for mode in MODES),
     *(("DiffRetriever multi", "PromptReps multi", mode) for mode in MODES),
     ("DiffEmbed", "Mean pooling", "dense"),
+)
+#: What fine-tuning adds to each system, and the same claims after it.
+FINE_TUNED_COMPARISONS = (
+    *(
+        (f"{system}, fine-tuned", system, mode)
+        for system in ("DiffRetriever single", "DiffRetriever multi", "PromptReps single", "PromptReps multi")
+        for mode in MODES
+    ),
+    ("DiffEmbed, fine-tuned", "DiffEmbed", "dense"),
+    *((f"{better}, fine-tuned", f"{than}, fine-tuned", mode) for better, than, mode in COMPARISONS[:-1]),
+    *(("DiffRetriever multi, fine-tuned", f"{than}, fine-tuned", "dense") for than in ("DiffEmbed", "RepLLaMA")),
 )
 
 
@@ -266,7 +291,7 @@ def compare_systems(
     seed: int,
     metric: str = METRIC,
 ) -> pd.DataFrame:
-    """Paired differences over the queries of several collections, macro-averaged.
+    """Paired differences over the queries of several collections, macro-averaged; systems by :func:`comparison_name`.
 
     The test is a sign-flipping randomisation test of the macro difference; p-values are corrected by Holm
     over the comparisons; the interval is a bootstrap over queries within each collection.
@@ -277,11 +302,14 @@ def compare_systems(
         Columns better, than, mode, queries, difference, low, high, p, p_corrected, reading.
     """
     chosen = per_query[(per_query["metric"] == metric) & per_query["collection"].isin(collections)]
+    names = pd.Series(map(comparison_name, chosen["system"], chosen["training"]), chosen.index, dtype=str)
     rows = []
     for better, than, mode in comparisons:
         sides = []
         for name in (better, than):
-            cells = chosen[chosen["system"].str.startswith(name) & (chosen["mode"] == mode)]
+            cells = chosen[(names == name) & (chosen["mode"] == mode)]
+            if cells.empty:
+                raise ValueError(f"there is no {name} ({mode}) on {', '.join(collections)}")
             sides.append(cells.set_index(["collection", "query_id"])["value"])
         differences = (sides[0] - sides[1]).dropna()
         if len(differences) != len(sides[0]) or len(differences) != len(sides[1]):

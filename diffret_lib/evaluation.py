@@ -319,6 +319,25 @@ def save_run(run: ranx.Run, path: str | os.PathLike[str]) -> None:
         own.save(str(temporary), kind="trec")
 
 
+def save_qrels(judgements: Mapping[str, Mapping[str, int]], path: str | os.PathLike[str]) -> None:
+    """Write judgements in TREC's format (``query 0 passage relevance``).
+
+    Raises
+    ------
+    ValueError
+        When an id is empty or has whitespace.
+    """
+    lines = []
+    for query, judged in judgements.items():
+        for passage, relevance in judged.items():
+            for name in (query, passage):
+                if len(name.split()) != 1 or name != name.strip():
+                    raise ValueError(f"the id {name!r} is empty or has whitespace, which TREC's format cannot hold")
+            lines.append(f"{query} 0 {passage} {relevance}\n")
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
 def load_run(path: str | os.PathLike[str], name: str | None = None) -> ranx.Run:
     """Read a run in TREC's format.
 

@@ -48,19 +48,23 @@ def grid(values: pd.DataFrame, title: str) -> Figure:
     return fig
 
 
-def zero_shot(per_query: pd.DataFrame, collections: Sequence[str], resamples: int, seed: int) -> Figure:
-    """Macro nDCG@10 of every system and mode, with bootstrap intervals over queries."""
+def effectiveness(per_query: pd.DataFrame, collections: Sequence[str], resamples: int, seed: int) -> Figure:
+    """Macro nDCG@10 of every system and mode, with bootstrap intervals over queries; a panel for each training."""
     table = system_intervals(per_query, collections, resamples, seed)
     systems = list(dict.fromkeys(table["system"]))
-    fig, ax = plt.subplots(figsize=(7, 0.55 * len(systems) + 1.4))
-    for offset, mode in zip((-0.22, 0.0, 0.22), MODES, strict=True):
-        rows = table[table["mode"] == mode]
-        y = [systems.index(s) + offset for s in rows["system"]]
-        error = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
-        ax.errorbar(rows["value"], y, xerr=error, fmt=_MODE_MARKERS[mode], markersize=5, capsize=2, label=mode)
-    ax.set(yticks=range(len(systems)), yticklabels=systems, xlabel="macro nDCG@10, 95 % bootstrap interval over queries")
-    ax.invert_yaxis()
-    ax.legend()
+    panels = list(dict.fromkeys(table["training"]))
+    size = (1.5 + 5.5 * len(panels), 0.55 * len(systems) + 1.4)
+    fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for ax, training in zip(axes[0], panels, strict=True):
+        for offset, mode in zip((-0.22, 0.0, 0.22), MODES, strict=True):
+            rows = table[(table["mode"] == mode) & (table["training"] == training)]
+            y = [systems.index(s) + offset for s in rows["system"]]
+            error = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+            ax.errorbar(rows["value"], y, xerr=error, fmt=_MODE_MARKERS[mode], markersize=5, capsize=2, label=mode)
+        ax.set(title=training, xlabel="macro nDCG@10, 95 % bootstrap interval over queries")
+    axes[0, 0].set(yticks=range(len(systems)), yticklabels=systems)
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].legend()
     return fig
 
 

@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from diffret_lib.cache import fingerprint
 
 __all__ = [
-    "K_GRID", "PROFILES_DIR", "PYDOCS", "Adaptation", "Backbones", "Profile", "ProfileError", "Sample",
-    "ZeroShot", "load_profile", "profile_names",
+    "K_GRID", "PROFILES_DIR", "PYDOCS", "Adaptation", "Backbones", "Development", "Efficiency", "Profile",
+    "ProfileError", "Sample", "Training", "load_profile", "profile_names",
 ]  # fmt: skip
 
 #: Folder of the profiles that come with the project.
@@ -87,8 +87,8 @@ class Sample(_Model):
     passages: Count | None = Field(description=_COUNT_OR_ALL)
 
 
-class ZeroShot(_Model):
-    """The collection on which the stages of the adaptation are compared, and how much of it."""
+class Development(_Model):
+    """A collection for choices made on the way (stages of a training, early stopping), and how much of it."""
 
     collection: Name = Field(description=_COLLECTION)
     queries: Count | None = Field(description=_COUNT_OR_ALL)
@@ -105,7 +105,63 @@ class Adaptation(_Model):
 
     tokens: Count = Field(description=f"{_COUNT}: tokens of the training run")
     held_out_sequences: Count = Field(description=f"{_COUNT}: sequences for the held-out cross-entropy")
-    zero_shot: ZeroShot = Field(description="a mapping with the keys collection, queries and passages")
+    zero_shot: Development = Field(description="a mapping with the keys collection, queries and passages")
+
+
+class Training(_Model):
+    """The contrastive fine-tuning of ``notebooks/03_training.ipynb``, the same for every system.
+
+    Attributes
+    ----------
+    sample : Sample
+        How much of the training collection is trained on; negatives are mined in it.
+    steps, batch_size : int
+        Optimiser steps, and queries of a step.
+    negatives : int
+        Hard negatives of a query.
+    mini_batch : int
+        Texts of one forward pass: with fewer than a step has, gradients are cached.
+    max_passage_tokens : int
+        Tokens of a passage that are read in training.
+    learning_rate : float
+    development : Development
+        Where nDCG@10 is measured on the way.
+    evaluate_every, patience : int
+        Steps between two measurements, and measurements without a gain after which training stops.
+    """
+
+    sample: Sample = Field(description="a mapping with the keys queries and passages")
+    steps: Count = Field(description=_COUNT)
+    batch_size: Count = Field(description=_COUNT)
+    negatives: Count = Field(description=_COUNT)
+    mini_batch: Count = Field(description=_COUNT)
+    max_passage_tokens: Count = Field(description=_COUNT)
+    learning_rate: float = Field(gt=0, lt=1, description="a number between 0 and 1")
+    development: Development = Field(description="a mapping with the keys collection, queries and passages")
+    evaluate_every: Count = Field(description=_COUNT)
+    patience: Count = Field(description=_COUNT)
+
+
+class Efficiency(_Model):
+    """What ``notebooks/06_efficiency.ipynb`` measures.
+
+    Attributes
+    ----------
+    counts : list of int
+        Numbers of masks, or of decoded tokens.
+    text_tokens, batch_sizes : list of int
+        Lengths of the encoded texts, and texts of one call.
+    index_sizes : list of int
+        Vectors of the indexes that are searched.
+    repeats : int
+        Timed calls behind every median.
+    """
+
+    counts: list[Count] = Field(min_length=1, description=f"a list; each {_COUNT}")
+    text_tokens: list[Count] = Field(min_length=1, description=f"a list; each {_COUNT}")
+    batch_sizes: list[Count] = Field(min_length=1, description=f"a list; each {_COUNT}")
+    index_sizes: list[Count] = Field(min_length=1, description=f"a list; each {_COUNT}")
+    repeats: Count = Field(description=_COUNT)
 
 
 class Profile(_Model):
@@ -139,6 +195,8 @@ class Profile(_Model):
     bootstrap_resamples : int
         Resamples behind every confidence interval.
     adaptation : Adaptation
+    training : Training
+    efficiency : Efficiency
     """
 
     name: Name = Field(description="the file's name without its ending")
@@ -160,6 +218,8 @@ class Profile(_Model):
     batch_tokens: Count = Field(description=_COUNT)
     bootstrap_resamples: Count = Field(description=_COUNT)
     adaptation: Adaptation = Field(description="a mapping with the keys tokens, held_out_sequences and zero_shot")
+    training: Training = Field(description=f"a mapping with the keys {', '.join(Training.model_fields)}")
+    efficiency: Efficiency = Field(description=f"a mapping with the keys {', '.join(Efficiency.model_fields)}")
 
     @field_validator("train_collection")
     @classmethod

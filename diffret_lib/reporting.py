@@ -158,8 +158,8 @@ class Results:
             position="tbp",
             column_format="".join("r" if n else "l" for n in numeric),
         )
-        csv = frame.to_csv(index=False, lineterminator="\n")
-        for ending, text in (("csv", csv), ("md", markdown + "\n"), ("tex", tex)):
+        self.data(frame, name)
+        for ending, text in (("md", markdown + "\n"), ("tex", tex)):
             _write(self.tables / f"{name}.{ending}", text)
 
         styler = (
@@ -176,6 +176,11 @@ class Results:
         if caption:
             styler = styler.set_caption(html.escape(caption))
         return Table(df, styler, markdown)
+
+    def data(self, df: pd.DataFrame, name: str) -> None:
+        """Write ``tables/name.csv`` alone, with all digits: what other notebooks read, too long for a page."""
+        _check_name(name, "table")
+        _write(self.tables / f"{name}.csv", df.to_csv(index=False, lineterminator="\n"))
 
     def figure(self, fig: Figure | Any, name: str) -> None:
         """Write ``figures/name.png`` (150 dots per inch) and ``figures/name.svg``, without dates or random ids.

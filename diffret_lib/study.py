@@ -7,10 +7,12 @@ nothing, and a change of any of these computes anew.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,7 +21,7 @@ import ranx
 from diffret_lib.backbones import LoadedBackbone, load_backbone
 from diffret_lib.cache import cache_dir, fingerprint
 from diffret_lib.collection import Collection, load_collection
-from diffret_lib.evaluation import METRICS, per_query
+from diffret_lib.evaluation import METRICS, per_query, save_qrels, save_run
 from diffret_lib.profiles import Profile
 from diffret_lib.prompts import Task
 from diffret_lib.representations import Representations
@@ -34,13 +36,14 @@ MODES = ("dense", "sparse", "hybrid")
 
 @dataclass(frozen=True)
 class System:
-    """A system of the zero-shot table: a name, a retriever for it, and its counts."""
+    """A system of the tables: a name, a retriever for it, its counts, and how it was trained for retrieval."""
 
     name: str
     family: str
     retriever: Any
     k_query: int | None = None
     k_passage: int | None = None
+    training: Literal["zero-shot", "fine-tuned"] = "zero-shot"
 
 
 @dataclass
@@ -147,16 +150,35 @@ class Study:
             for mode in modes or retriever.modes
         }
 
-    def evaluate(self, system: System, collection: Collection) -> pd.DataFrame:
-        """Per-query values of a system on a collection: rows query, columns mode, metric, value and names."""
+    def evaluate(self, system: System, collection: Collection, runs: Path | None = None) -> pd.DataFrame:
+        """Per-query values of a system on a collection, in each of its modes.
+
+        Parameters
+        ----------
+        system : System
+        collection : Collection
+        runs : Path, optional
+            A folder for the rankings and judgements in TREC's format: ``<collection>/qrels.txt`` and
+            ``<collection>/<system>.<training>.<mode>.txt``.
+
+        Returns
+        -------
+        DataFrame
+            Columns query_id, metric, value, collection, coverage, mode, training, system, family, k_query,
+            k_passage.
+        """
         frames = []
         for mode, run in self.runs(system.retriever, collection).items():
             values = per_query(collection.ranx_qrels(), run, METRICS)
             frames.append(_long(values, collection).assign(mode=mode))
+            if runs is not None:
+                folder = runs / _slug(collection.name.removeprefix("pydocs/"))
+                run.name = _slug(f"{system.name} {system.training} {mode}")
+                save_run(run, folder / f"{_slug(system.name)}.{system.training}.{mode}.txt")
+                save_qrels(collection.qrels, folder / "qrels.txt")
         frame = pd.concat(frames, ignore_index=True)
-        return frame.assign(
-            system=system.name, family=system.family, k_query=system.k_query, k_passage=system.k_passage
-        )
+        names = {name: getattr(system, name) for name in ("training", "family", "k_query", "k_passage")}
+        return frame.assign(system=system.name, **names)
 
     # -- the grid --------------------------------------------------------------------------------------
 
@@ -213,6 +235,11 @@ def _long(values: dict[str, np.ndarray], collection: Collection) -> pd.DataFrame
         for metric, scores in values.items()
     ]
     return pd.concat(frames, ignore_index=True).assign(collection=collection.name, coverage=collection.coverage)
+
+
+def _slug(name: str) -> str:
+    """A name for files: lower case, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", Path(name).name.lower()).strip("-")
 
 
 def select_pair(grid: pd.DataFrame, mode: str = SELECTION_MODE, metric: str = METRIC) -> tuple[int, int]:

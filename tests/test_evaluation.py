@@ -20,6 +20,7 @@ from diffret_lib.evaluation import (
     make_qrels,
     paired_p_value,
     per_query,
+    save_qrels,
     save_run,
 )
 from diffret_lib.scoring import make_run
@@ -208,3 +209,11 @@ def test_bad_lines_are_named(tmp_path, line, message):
 def test_an_empty_file_is_an_empty_run(tmp_path):
     (tmp_path / "r.trec").write_text("")
     assert len(load_run(tmp_path / "r.trec").run) == 0
+
+
+def test_qrels_on_disk(tmp_path):
+    save_qrels({"q1": {"a": 1, "b": 0}}, tmp_path / "new" / "qrels.txt")
+    assert (tmp_path / "new" / "qrels.txt").read_text() == "q1 0 a 1\nq1 0 b 0\n"
+    with pytest.raises(ValueError, match="the id 'a b' is empty or has whitespace"):
+        save_qrels({"q1": {"a b": 1}}, tmp_path / "other.txt")
+    assert not (tmp_path / "other.txt").exists()

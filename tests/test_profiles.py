@@ -34,6 +34,8 @@ def test_the_profiles_that_come_with_the_project():
         assert profile.train_collection == "pydocs/pandas-train"
         # the stages of the adaptation are compared where nothing is tested
         assert profile.adaptation.zero_shot.collection not in profile.test_collections
+        # training stops early where nothing is tested, nor trained on
+        assert profile.training.development.collection not in [profile.train_collection, *profile.test_collections]
     assert len({p.fingerprint for p in (embedded, full, smoke)}) == 3
 
 
@@ -42,6 +44,7 @@ def test_the_full_profile_differs_in_size_alone():
     different = {key for key in embedded if embedded[key] != full[key]}
     assert different == {
         "name", "description", "sample", "train_sample", "max_passage_tokens", "bootstrap_resamples", "adaptation",
+        "training", "efficiency",
     }  # fmt: skip
 
 
@@ -72,6 +75,8 @@ def test_frozen_and_fingerprint_follows_the_content(tmp_path, content):
         ({"top_k": 10.5}, ["top_k: got 10.5"]),
         ({"sample": {"queries": 5}}, ["sample.passages: the key is missing", "or null for all"]),
         ({"sample": {"queries": 5, "passages": 6, "docs": 1}}, ["sample.docs: unknown key", "queries, passages"]),
+        ({"training": {"steps": 2}}, ["training.sample: the key is missing", "training.learning_rate: the key is missing"]),
+        ({"efficiency": {"counts": [0]}}, ["efficiency.counts.0: got 0", "efficiency.repeats: the key is missing"]),
         ({"sample": 5}, ["sample: got 5", "a mapping with the keys queries and passages"]),
         ({"backbones": {"diffusion": "x", "autoregressive": ""}}, ["backbones.autoregressive: got ''"]),
         ({"train_collection": "pydocs/pandas"}, ["train_collection: there is no collection 'pydocs/pandas'"]),

@@ -166,3 +166,12 @@ def test_versions_and_hardware():
     assert versions(["no-such-distribution"])["no-such-distribution"] is None
     found = hardware()
     assert found["cpu"] and found["cores_usable"] >= 1 and isinstance(found["gpu"], list)
+
+
+def test_data_is_a_csv_alone(results):
+    frame = pd.DataFrame({"value": [0.1 + 0.2]})
+    results.data(frame, "long")
+    assert sorted(p.name for p in results.tables.glob("long.*")) == ["long.csv"]
+    assert pd.read_csv(results.tables / "long.csv", float_precision="round_trip")["value"][0] == 0.1 + 0.2
+    with pytest.raises(ValueError, match="table name"):
+        results.data(frame, "a/b")
