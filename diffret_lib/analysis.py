@@ -76,33 +76,6 @@ def per_query_best(grid: pd.DataFrame, mode: str = SELECTION_MODE) -> pd.DataFra
     return best.reset_index()
 
 
-def oracle_table(grid: pd.DataFrame, selected: tuple[int, int], mode: str = SELECTION_MODE) -> pd.DataFrame:
-    """Fixed pairs and the per-query oracle (claim 7), first form.
-
-    Returns
-    -------
-    DataFrame
-        Columns collection, coverage, queries, single, selected, best_fixed_pair, best_fixed, oracle, headroom
-        (oracle less best fixed) and tied (share of the queries for which all pairs are equally good).
-    """
-    best = per_query_best(grid, mode).groupby("collection", sort=False)
-    pairs = _cells(grid, mode).groupby(PAIR).ngroups
-    table = transfer(grid, selected, mode).rename(columns={"best_pair": "best_fixed_pair", "best": "best_fixed"})
-    table["oracle"] = table["collection"].map(best["value"].mean())
-    table["headroom"] = table["oracle"] - table["best_fixed"]
-    table["tied"] = table["collection"].map(best["ties"].agg(lambda t: float(np.mean(t == pairs))))
-    columns = ["single", "selected", "best_fixed_pair", "best_fixed", "oracle", "headroom", "tied"]
-    return table[["collection", "coverage", "queries", *columns]]
-
-
-def pair_distribution(best: pd.DataFrame, grid_values: Sequence[int]) -> pd.DataFrame:
-    """Share of the queries, in percent, whose best pair is (Kq, Kp); queries on which all pairs tie left out."""
-    undecided = best["ties"] == len(grid_values) ** 2
-    counts = best[~undecided].groupby(PAIR).size().unstack("k_passage")
-    counts = counts.reindex(index=list(grid_values), columns=list(grid_values)).fillna(0.0)
-    return 100 * counts / max(1.0, counts.to_numpy().sum())
-
-
 def _cells(grid: pd.DataFrame, mode: str) -> pd.DataFrame:
     return grid[(grid["mode"] == mode) & (grid["metric"] == METRIC)]
 

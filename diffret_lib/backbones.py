@@ -11,6 +11,7 @@ cache folder.  The diffusion model is its parent, made bidirectional, with an ad
 
 from __future__ import annotations
 
+import copy
 import errno
 import logging
 import os
@@ -22,7 +23,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -434,6 +435,33 @@ def _merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if tied:
         merged.tie_weights()
     return merged
+
+
+def with_adapter(backbone: LoadedBackbone, folder: str | os.PathLike[str]) -> LoadedBackbone:
+    """A copy of a loaded backbone with a further PEFT adapter merged into it.
+
+    Parameters
+    ----------
+    backbone : LoadedBackbone
+        Stays as it is; what was merged into it when it was loaded is in the copy as well.
+    folder : path
+        What ``PeftModel.save_pretrained`` writes.
+
+    Returns
+    -------
+    LoadedBackbone
+        Its fingerprint covers the adapter.
+
+    Raises
+    ------
+    BackboneError
+        When the folder holds no adapter, or one that does not fit.
+    """
+    folder = _adapter_folder(backbone.spec, Path(folder).absolute())
+    with _quiet():
+        model = _merge_adapter(copy.deepcopy(backbone.model).float(), folder)
+    model = model.to(backbone.dtype).eval().requires_grad_(False)
+    return replace(backbone, model=model, fingerprint=fingerprint(backbone.fingerprint, _adapter_sha(folder)))
 
 
 # -- the embedded model: fetch, verify, convert --------------------------------------------------------------

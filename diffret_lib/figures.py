@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from diffret_lib.analysis import heat_map, system_intervals
 from diffret_lib.study import METRIC, MODES
@@ -84,16 +84,33 @@ def forest(comparisons: pd.DataFrame) -> Figure:
 
 
 def oracle(table: pd.DataFrame) -> Figure:
-    """Single, selected, best fixed pair and per-query oracle for each collection."""
-    columns = {"single": "(1, 1)", "selected": "selected pair", "best_fixed": "best fixed pair", "oracle": "oracle"}
-    fig, ax = plt.subplots(figsize=(7.5, 3.8))
-    x = np.arange(len(table))
+    """Fixed pairs, fine-tuning (where it is known) and the per-query oracle for each collection.
+
+    A line across the oracle's bar marks how far it reaches by chance.
+    """
+    columns = {
+        "single": "(1, 1)",
+        "selected": "selected pair",
+        "fine_tuned": "selected pair, fine-tuned",
+        "best_fixed": "best fixed pair",
+        "oracle": "oracle",
+    }
+    columns = {c: label for c, label in columns.items() if table[c].notna().any()}
+    fig, ax = plt.subplots(figsize=(8.5, 3.8))
+    x, width = np.arange(len(table)), 0.8 / len(columns)
     for i, (column, label) in enumerate(columns.items()):
-        ax.bar(x + (i - 1.5) * 0.2, table[column], 0.19, label=label)
+        offset = (i - (len(columns) - 1) / 2) * width
+        hatch = "//" if column == "fine_tuned" else None
+        ax.bar(x + offset, table[column], 0.95 * width, label=label, hatch=hatch, edgecolor="white")
+    reach = table["best_fixed"] + table["chance"]
+    if reach.notna().any():
+        at = x + (len(columns) - 1) / 2 * width
+        style = {"color": "black", "linewidth": 1.5, "label": "best fixed pair + chance"}
+        ax.hlines(reach, at - width / 2, at + width / 2, **style)
     names = [c.removeprefix("pydocs/") for c in table["collection"]]
     ax.set(xticks=x, ylabel="hybrid nDCG@10", xlabel="collection")
     ax.set_xticklabels(names, rotation=20, ha="right")
-    ax.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.14), frameon=False)
+    ax.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return fig
 
 
@@ -105,4 +122,107 @@ def distribution(shares: pd.DataFrame) -> Figure:
     return fig
 
 
+#: Marker and colour of each verdict; what is inconclusive is hollow.
+_VERDICTS = {"supported": ("o", "C2"), "contradicted": ("X", "C3"), "inconclusive at this scale": ("D", "0.45")}
 
+
+def claims_forest(tests: pd.DataFrame) -> Figure:
+    """Statistic and 95 % interval of every test of the ledger, marked by its verdict.
+
+    Differences and losses above, ratios (log scale) below; a tick is the bound that an interval is held against;
+    tests that stand beside are small and pale.
+    """
+    tested = tests[tests["verdict"].isin(list(_VERDICTS))]
+    ratio = tested["statistic"].str.contains("ratio")
+    panels = [(tested[~ratio], "nDCG@10"), (tested[ratio], "ratio of latencies")]
+    panels = [(rows, unit) for rows, unit in panels if len(rows)] or [(tested, "nDCG@10")]
+    heights = [len(rows) + 1.5 for rows, _ in panels]
+    fig, axes = plt.subplots(
+        len(panels), 1, figsize=(10, 0.27 * sum(heights) + 1.4), height_ratios=heights, squeeze=False
+    )
+    for ax, (rows, unit) in zip(axes[:, 0], panels, strict=True):
+        for y, row in enumerate(rows.itertuples()):
+            marker, colour = _VERDICTS[row.verdict]
+            look = {"color": colour, "alpha": 1.0 if row.counts else 0.55}
+            face = "white" if marker == "D" else colour
+            ax.plot([row.low, row.high], [y, y], **look)
+            ax.plot(row.value, y, marker, markersize=7 if row.counts else 4.5, markerfacecolor=face, **look)
+            if row.bound:
+                ax.plot(row.bound, y, marker="|", markersize=12, color="0.2")
+        ax.axvline(1 if "ratio" in unit else 0, color="0.4", linewidth=0.8)
+        if "ratio" in unit:
+            ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_locator(NullLocator())
+        labels = [f"{r.id}  {r.comparison}" for r in rows.itertuples()]
+        ax.set(yticks=range(len(rows)), yticklabels=labels, xlabel=f"{unit}, value and 95 % interval")
+        ax.tick_params(axis="y", labelsize=8)
+        ax.set_ylim(len(rows) - 0.4, -0.6)
+    for verdict, (marker, colour) in _VERDICTS.items():
+        face = "white" if marker == "D" else colour
+        axes[0, 0].plot([], [], marker, color=colour, markerfacecolor=face, label=verdict)
+    axes[0, 0].plot([], [], "|", markersize=12, color="0.2", label="bound")
+    axes[0, 0].legend(fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))  # above the panel
+    return fig
+
+
+def alignment(products: pd.DataFrame, title: str = "") -> Figure:
+    """Heat map of the dot products between a query's vectors (rows) and a passage's (columns).
+
+    Each row's maximum is framed; under the title stands their sum, clamped at 0 each: the MaxSim score.
+    """
+    best = products.to_numpy().argmax(1)
+    score = products.to_numpy().max(1).clip(min=0).sum()
+    fig, ax = plt.subplots(figsize=(2.6 + 0.62 * products.shape[1], 1.9 + 0.42 * products.shape[0]))
+    sns.heatmap(
+        products, annot=True, fmt=".2f", cmap="cividis", annot_kws={"size": 8}, ax=ax,
+        cbar_kws={"label": "dot product (cosine)"},
+    )  # fmt: skip
+    for row, column in enumerate(best):
+        ax.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor="red", linewidth=2.5))
+    # predicted words may hold what matplotlib would read as mathematics
+    ax.set_xticks(ax.get_xticks(), [str(c).replace("$", r"\$") for c in products.columns], rotation=45, ha="right")
+    ax.set_yticks(ax.get_yticks(), [str(r).replace("$", r"\$") for r in products.index], rotation=0)
+    title = title.replace("$", r"\$")
+    ax.set(xlabel="masks of the passage and their predicted words", ylabel="masks of the query")
+    ax.set_title(f"{title}\nMaxSim {score:.3f}".strip(), fontsize=10)
+    return fig
+
+
+def oracle_chance(table: pd.DataFrame, over: str = "best fixed") -> Figure:
+    """The oracle's headroom, what of it is chance, and the part beyond chance, by each estimate of chance."""
+    kinds = {"headroom": "s", "chance": "o", "lost on the other half,": "o", "beyond chance": "D"}
+    rows = [
+        (method, kind, row)
+        for method in dict.fromkeys(table["method"])
+        for kind in kinds
+        for row in table[(table["method"] == method) & (table["quantity"] == f"{kind} over {over}")].itertuples()
+    ]
+    fig, ax = plt.subplots(figsize=(7.5, 0.42 * len(rows) + 1.2))
+    for y, (_, kind, row) in enumerate(rows):
+        face = "C0" if row.p < 0.05 else "white"
+        ax.plot([row.low, row.high], [y, y], color="C0")
+        ax.plot(row.value, y, marker=kinds[kind], color="C0", markerfacecolor=face)
+    labels = [f"{method}: {kind.rstrip(',')} ({row.queries} queries)" for method, kind, row in rows]
+    ax.axvline(0, color="0.4", linewidth=0.8)
+    ax.set(yticks=range(len(labels)), yticklabels=labels, xlabel=f"nDCG@10 over the {over} pair, 95 % interval")
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    return fig
+
+
+def allocator(table: pd.DataFrame) -> Figure:
+    """The default Kq, the allocator and the oracle over Kq, for each collection and their mean."""
+    columns = {"selected": ("o", "default Kq"), "adaptive": ("D", "allocator"), "oracle_kq": ("|", "oracle over Kq")}
+    fig, ax = plt.subplots(figsize=(7.5, 0.42 * len(table) + 1.4))
+    y = np.arange(len(table))
+    ax.hlines(y, table["selected"], table["oracle_kq"], color="0.7", linewidth=1)
+    for i, (column, (marker, label)) in enumerate(columns.items()):
+        face = "none" if column == "selected" else f"C{i}"
+        size = 14 if marker == "|" else 7 + 3 * (column == "selected")
+        ax.plot(table[column], y, marker, color=f"C{i}", markerfacecolor=face, markersize=size, label=label)
+    names = [c.removeprefix("pydocs/") for c in table["collection"]]
+    ax.set(yticks=y, yticklabels=names, xlabel="hybrid nDCG@10", ylabel="collection")
+    ax.invert_yaxis()
+    ax.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    return fig

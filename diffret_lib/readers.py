@@ -6,6 +6,7 @@ One reader is one way to read a language model:
 :class:`MaskedPositions`     DiffRetriever: K masked positions after the prompt, one forward pass
 :class:`NextTokens`          PromptReps: the last prompt token, and tokens decoded one after another
 :class:`MeanOfTokens`        DiffEmbed (diffusion) and mean pooling (autoregressive): no prompt, no mask
+:class:`LastToken`           RepLLaMA: the end-of-sequence token after "query: ..." or "passage: ..."
 ===========================  =========================================================================
 
 A reader is an :class:`~sentence_transformers.base.modules.InputModule`.  It writes ``token_embeddings``
@@ -277,6 +278,9 @@ class NextTokens(Reader):
     closing quote, at an end-of-turn or end-of-sequence token, or after ``max_new_tokens`` tokens.  The left
     part of the prompt is computed once; sequences that ended leave the batch.
 
+    Where gradients are wanted the tokens are decoded first, without gradients and with the current weights; one
+    pass over prompt and decoded tokens then reads the same positions.
+
     Parameters
     ----------
     max_new_tokens : int
@@ -303,12 +307,12 @@ class NextTokens(Reader):
         rows = [[*row, *template.right] for row in texts]
         return self.pad_left(rows) | {"content_ids": self.content_tensor(content), "left_ids": template.left}
 
-    def left_cache(self, left_ids: tuple[int, ...], batch: int) -> DynamicCache:
-        """Keys and values of the constant left part, for a batch."""
-        weight = self.model.get_input_embeddings().weight
-        if self.training or torch.is_grad_enabled():
-            cache = self._prefill(left_ids)  # weights may change, gradients may be wanted
+    def left_cache(self, left_ids: tuple[int, ...], batch: int, keep: bool) -> DynamicCache:
+        """Keys and values of the constant left part, for a batch; ``keep`` where the weights do not change."""
+        if not keep:
+            cache = self._prefill(left_ids)
         else:
+            weight = self.model.get_input_embeddings().weight
             key = (left_ids, weight.device, weight.dtype)
             if key not in self._left:
                 self._left = {key: self._prefill(left_ids)}
@@ -333,13 +337,23 @@ class NextTokens(Reader):
         return torch.tensor([self._ends_answer[i] for i in ids.tolist()], device=ids.device, dtype=torch.bool)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        if torch.is_grad_enabled():
+            hidden, valid = self.teacher_forced(features)
+        else:
+            hidden, valid, _ = self.decode(features, keep=not self.training)
+        return features | self.read(hidden, valid, features["content_ids"])
+
+    def decode(self, features: dict[str, Any], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Greedy decoding with a key-value cache: hidden states [batch, 1 + N, H], which of them there are
+        (bool [batch, 1 + N]), and the decoded tokens (int64 [batch, N], padding where there are none)."""
         ids, mask = features["input_ids"], features["attention_mask"]
         left = torch.ones(len(ids), len(features["left_ids"]), dtype=mask.dtype, device=mask.device)
         mask = torch.cat([left, mask], 1)
-        cache = self.left_cache(features["left_ids"], len(ids))
+        cache = self.left_cache(features["left_ids"], len(ids), keep)
         last = self.body(ids, mask, past=cache)[:, -1]
         hidden = last.new_zeros(len(ids), 1 + self.max_new_tokens, last.shape[-1])
         valid = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        tokens = ids.new_full((len(ids), self.max_new_tokens), self.tokenizer.pad_token_id)
         hidden[:, 0], valid[:, 0] = last, True
         active = torch.arange(len(ids), device=hidden.device)
         for j in range(1, 1 + self.max_new_tokens):
@@ -352,8 +366,25 @@ class NextTokens(Reader):
                 cache.batch_select_indices(goes_on.nonzero()[:, 0])
             mask = F.pad(mask, (0, 1), value=1)
             last = self.body(token[:, None], mask, past=cache)[:, -1]
-            hidden[active, j], valid[active, j] = last, True
-        return features | self.read(hidden, valid, features["content_ids"])
+            hidden[active, j], valid[active, j], tokens[active, j - 1] = last, True, token
+        return hidden, valid, tokens
+
+    def teacher_forced(self, features: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The hidden states of :meth:`decode` from one pass with gradients, and which of them there are."""
+        ids, mask = features["input_ids"], features["attention_mask"]
+        left = torch.tensor([features["left_ids"]], device=ids.device).expand(len(ids), -1)
+        ids, mask = torch.cat([left, ids], 1), torch.cat([torch.ones_like(left), mask], 1)
+        valid = torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device)
+        if self.max_new_tokens:
+            with torch.no_grad():
+                _, valid, tokens = self.decode(features, keep=False)
+            longest = int(valid.sum(1).max()) - 1
+            ids = torch.cat([ids, tokens[:, :longest]], 1)
+            mask = torch.cat([mask, valid[:, 1 : 1 + longest].to(mask.dtype)], 1)
+        else:
+            longest = 0
+        hidden = self.body(ids, mask)[:, -1 - longest :]
+        return F.pad(hidden, (0, 0, 0, valid.shape[1] - hidden.shape[1])), valid
 
     def before_special(self, predicted_ids: Tensor) -> Tensor:
         """Decoding has ended before a special token is read; every vector that there is counts."""
@@ -379,3 +410,25 @@ class MeanOfTokens(Reader):
         mean = (hidden * mask[..., None]).sum(1, keepdim=True) / mask.sum(1)[:, None, None]
         valid = torch.ones(mean.shape[:2], dtype=torch.bool, device=mean.device)
         return features | self.read(mean, valid, None)
+
+
+class LastToken(Reader):
+    """RepLLaMA's reader (arXiv 2310.08319): ``query: <text></s>`` or ``passage: <text></s>``, the last token's
+    hidden state; no sparse side.
+
+    ``</s>`` is the id of the tokenizer's end-of-sequence token.  The text keeps its leading space, so that it is
+    tokenised as it would be in one piece with what stands before it.
+    """
+
+    has_sparse = False
+
+    def preprocess(self, inputs: list[str], prompt: str | None = None, task: Task | None = None, **kwargs: Any):
+        task = task or "document"
+        (left,) = encode_plain(self.tokenizer, ["query:" if task == "query" else "passage:"])
+        texts, _ = self.text_ids([f" {prompt or ''}{text}" for text in inputs], task)
+        return self.pad_left([[*left, *row, self.tokenizer.eos_token_id] for row in texts])
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        last = self.body(features["input_ids"], features["attention_mask"])[:, -1:]
+        valid = torch.ones(last.shape[:2], dtype=torch.bool, device=last.device)
+        return features | self.read(last, valid, None)

@@ -25,7 +25,7 @@ from diffret_lib import scoring
 from diffret_lib.backbones import LoadedBackbone, load_backbone
 from diffret_lib.cache import fingerprint
 from diffret_lib.prompts import Task
-from diffret_lib.readers import MaskedPositions, MeanOfTokens, NextTokens, Reader
+from diffret_lib.readers import LastToken, MaskedPositions, MeanOfTokens, NextTokens, Reader
 from diffret_lib.representations import Representations, ShardWriter
 
 #: Texts of one shard: what is held in memory, and what an interrupted encoding loses at most.
@@ -307,6 +307,20 @@ class MeanPooledAR(_MeanPooled):
 
     def __init__(self, backbone: Any = "smollm2-135m-instruct", **options: Any) -> None:
         super().__init__(backbone, **options)
+
+
+class RepLLaMA(Retriever):
+    """The end-of-sequence token of an autoregressive LM (arXiv 2310.08319); means little before it is fine-tuned."""
+
+    name = "RepLLaMA"
+    family = "autoregressive"
+    modes = ("dense",)
+
+    def __init__(self, backbone: Any = "smollm2-135m-instruct", **options: Any) -> None:
+        super().__init__(backbone, **options)
+
+    def make_reader(self, **options: Any) -> Reader:
+        return LastToken(self.backbone.model, self.backbone.tokenizer, **options)
 
 
 class BM25:

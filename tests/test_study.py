@@ -2,23 +2,26 @@ from __future__ import annotations
 
 from itertools import product
 
+import ir_measures
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import ranx
 from statsmodels.stats.multitest import multipletests
 from tests.tiny import tiny_backbone
 
-from diffret_lib import analysis, figures, retrievers, study
+from diffret_lib import analysis, figures, finetuning, retrievers, study
 from diffret_lib.analysis import (
     COMPARISONS,
+    comparison_name,
     compare_systems,
+    evaluation_table,
+    evaluation_wide,
     grid_table,
     heat_map,
     mask_words_table,
     mean_self_similarity,
-    oracle_table,
-    pair_distribution,
     per_query_best,
     predicted_tokens,
     reading_table,
@@ -26,10 +29,10 @@ from diffret_lib.analysis import (
     system_intervals,
     transfer,
     zero_shot_table,
-    zero_shot_wide,
 )
 from diffret_lib.collection import Collection
 from diffret_lib.evaluation import METRICS
+from diffret_lib.oracle import oracle_table, pair_distribution
 from diffret_lib.profiles import load_profile
 from diffret_lib.representations import Representations
 from diffret_lib.study import MODES, Study, macro, select_pair
@@ -183,11 +186,38 @@ def test_systems_and_zero_shot_table(world, evaluated):
     cell = evaluated[(evaluated["system"] == "BM25") & (evaluated["collection"] == "other") & (evaluated["metric"] == "mrr@10")]
     row = table[(table["system"] == "BM25") & (table["collection"] == "other") & (table["metric"] == "mrr@10")]
     assert len(cell) == 4 and row["value"].item() == pytest.approx(cell["value"].mean())
-    wide = zero_shot_wide(table, ["other"])
+    wide = evaluation_wide(table, ["other"])
     assert np.allclose(wide["macro"], wide["other"])
-    both = zero_shot_wide(table, ["other", "mine-test"])
+    both = evaluation_wide(table, ["other", "mine-test"])
     assert np.allclose(both["macro"], (both["other"] + both["mine-test"]) / 2)
     assert len(wide) == 1 + 1 + 1 + 4 * 3
+    tuned = evaluated[evaluated["system"] == "DiffRetriever multi"].assign(training="fine-tuned", value=1.0)
+    whole = evaluation_table(pd.concat([evaluated, tuned]))
+    assert list(whole) == ["training", *table]
+    pd.testing.assert_frame_equal(zero_shot_table(pd.concat([evaluated, tuned])), table)
+    wide = evaluation_wide(whole, ["other"])
+    assert len(wide) == 15 + 3 and (wide[wide["training"] == "fine-tuned"]["macro"] == 1).all()
+
+
+def test_runs_on_disk_are_what_other_tools_read(world, tmp_path):
+    s, _ = world
+    collection = s.test_collections[0]
+    system = s.systems((2, 2))[-1]
+    values = s.evaluate(system, collection, tmp_path)
+    folder = tmp_path / "mine-test"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        *(f"diffretriever-multi.zero-shot.{mode}.txt" for mode in sorted(MODES)), "qrels.txt"
+    ]  # fmt: skip
+    qrels = list(ir_measures.read_trec_qrels(str(folder / "qrels.txt")))
+    for mode in MODES:
+        path = folder / f"diffretriever-multi.zero-shot.{mode}.txt"
+        ours = values[values["mode"] == mode].pivot_table(index="query_id", columns="metric", values="value")
+        run = list(ir_measures.read_trec_run(str(path)))
+        measures = {"ndcg@10": ir_measures.nDCG @ 10, "mrr@10": ir_measures.RR @ 10, "recall@100": ir_measures.R @ 100}
+        for name, measure in measures.items():
+            theirs = {m.query_id: m.value for m in measure.iter_calc(qrels, run)}
+            assert ours[name].to_dict() == pytest.approx(theirs)
+        assert ranx.Run.from_file(str(path), kind="trec").keys() == set(ours.index)
 
 
 def test_out_of_domain_leaves_the_training_package_out():
@@ -299,7 +329,7 @@ def test_selected_pair(row, pair):
 
 def by_system(values: dict[str, list[float]], collection: str) -> pd.DataFrame:
     rows = [
-        {"system": system, "mode": "dense", "metric": "ndcg@10", "collection": collection, "query_id": f"q{i}", "value": v}
+        {"training": "zero-shot", "system": system, "mode": "dense", "metric": "ndcg@10", "collection": collection, "query_id": f"q{i}", "value": v}
         for system, row in values.items() for i, v in enumerate(row)
     ]  # fmt: skip
     return pd.DataFrame(rows)
@@ -320,6 +350,17 @@ def test_compared_systems_by_hand():
     assert table["p_corrected"][0] == pytest.approx(3 * table["p"][0])
     assert table["reading"].tolist() == ["better", "no clear difference", "worse"]
     assert (table["low"] <= table["difference"]).all() and (table["difference"] <= table["high"]).all()
+
+
+def test_compared_by_training():
+    before = by_system({"A (N=9)": [0.5, 0.4], "B": [0.1, 0.1]}, "one")
+    after = by_system({"A (N=4)": [0.7, 0.9]}, "one").assign(training="fine-tuned")
+    pairs = [("A, fine-tuned", "A", "dense"), ("A", "B", "dense")]
+    table = compare_systems(pd.concat([before, after]), pairs, ["one"], resamples=50, seed=0)
+    assert table["difference"].tolist() == pytest.approx([0.35, 0.35])
+    assert comparison_name("A (N=4)", "fine-tuned") == "A, fine-tuned"
+    with pytest.raises(ValueError, match=r"there is no B, fine-tuned \(dense\) on one"):
+        compare_systems(before, [("B, fine-tuned", "B", "dense")], ["one"], resamples=50, seed=0)
 
 
 def test_systems_of_different_queries_are_not_compared():
@@ -363,8 +404,8 @@ def test_figures_of_a_study(world, evaluated):
     fig = figures.grid(s.test_grid, "tiny")
     assert [ax.get_title() for ax in fig.axes] == list(MODES)
     labelled(fig)
-    fig = figures.zero_shot(evaluated, ["mine-test", "other"], 50, 0)
-    assert len(fig.axes[0].get_yticks()) == 7
+    fig = figures.effectiveness(evaluated, ["mine-test", "other"], 50, 0)
+    assert len(fig.axes) == 1 and len(fig.axes[0].get_yticks()) == 7
     assert [t.get_text() for t in fig.axes[0].get_legend().get_texts()] == list(MODES)
     labelled(fig)
     comparisons = compare_systems(evaluated, COMPARISONS, ["mine-test", "other"], resamples=50, seed=0)
@@ -400,7 +441,9 @@ def test_figure_of_the_curves():
 
 def test_every_comparison_names_systems_that_there_are(world):
     s, _ = world
-    names = [system.name for system in s.systems((2, 2))]
-    for better, than, mode in analysis.COMPARISONS:
-        assert mode in MODES
-        assert sum(n.startswith(better) for n in names) == sum(n.startswith(than) for n in names) == 1
+    zero_shot = [comparison_name(system.name, "zero-shot") for system in s.systems((2, 2))]
+    tuned = [comparison_name(name, "fine-tuned") for name in finetuning.SYSTEMS]
+    pairs = analysis.COMPARISONS + analysis.FINE_TUNED_COMPARISONS
+    assert len(set(pairs)) == len(pairs)
+    for better, than, mode in pairs:
+        assert mode in MODES and {better, than} <= {*zero_shot, *tuned}

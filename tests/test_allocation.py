@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from sklearn.base import clone
+from sklearn.linear_model import Ridge
+from statsmodels.stats.multitest import multipletests
+from tests.test_study import labelled, world  # noqa: F401  (a fixture)
+from tests.tiny import tiny_backbone
+
+from diffret_lib import allocation, figures
+from diffret_lib.allocation import (
+    FEATURES,
+    KAllocator,
+    allocator_latency,
+    allocator_model_table,
+    allocator_summary,
+    allocator_table,
+    count_values,
+    feature_correlations,
+    gap_features,
+    mask_features,
+    query_features,
+)
+from diffret_lib.retrievers import DiffRetriever
+from diffret_lib.scoring import make_run
+
+TEXTS = ["heap", "sorted copy of an array", "eigenvalues and right eigenvectors", "", "a binary tree for parents", "queue"]
+
+
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory) -> DiffRetriever:
+    return DiffRetriever(tiny_backbone(tmp_path_factory.mktemp("tiny")), k_query=4, k_passage=2)
+
+
+# -- features --------------------------------------------------------------------------------------------------
+
+
+def test_features_of_the_masks_recomputed(retriever):
+    """Against one plain pass of the whole model for each query."""
+    found = mask_features(retriever, TEXTS, batch=4)
+    assert list(found) == ["tokens", "entropy_first", "entropy_mean", "distinct", "cosine"] and len(found) == len(TEXTS)
+    reader, shorter = retriever.reader, 0
+    for text, row in zip(TEXTS, found.itertuples(), strict=True):
+        inputs = reader.preprocess([text], task="query")
+        ids = inputs["input_ids"]
+        with torch.no_grad():
+            out = reader.model(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, is_causal=False)
+        masks = (ids[0] == reader.mask_id).nonzero()[:, 0] - 1  # token i is read at position i - 1
+        logits, hidden = out.logits[0, masks].double(), out.hidden_states[-1][0, masks].double()
+        logits[:, reader.mask_id] = -math.inf
+        greedy = logits.argmax(-1).tolist()
+        special = set(reader.special_ids.tolist())
+        n = next((i for i, token in enumerate(greedy) if i and token in special), len(greedy))
+        shorter += n < 4
+        entropies = []
+        for z in logits.tolist():
+            weights = [math.exp(v - max(z)) for v in z]
+            p = [w / sum(weights) for w in weights]
+            entropies.append(-sum(v * math.log(v) for v in p if v))
+        assert row.entropy_first == pytest.approx(entropies[0], abs=1e-4)
+        assert row.entropy_mean == pytest.approx(np.mean(entropies[:n]), abs=1e-4)
+        assert row.distinct == len(set(greedy[:n])) / n
+        cosines = [
+            float(hidden[i] @ hidden[j] / hidden[i].norm() / hidden[j].norm()) for i in range(n) for j in range(i)
+        ]
+        assert row.cosine == pytest.approx(np.mean(cosines) if cosines else 1.0, abs=1e-4)
+        assert row.tokens == len(reader.tokenizer.encode(text, add_special_tokens=False))
+    assert found["entropy_mean"].std() > 0.01 and found["cosine"].std() > 0.01
+
+
+def test_positions_from_a_special_token_on_do_not_count(retriever):
+    reader = retriever.reader
+    special = int(reader.special_ids[reader.special_ids != reader.mask_id][0])
+    logits = torch.zeros(3, 4, reader.vocab_size)
+    for row, tokens in enumerate(((50, 51, special, 52), (50, special, 51, 52), (special, 51, 51, 52))):
+        for place, token in enumerate(tokens):
+            logits[row, place, token] = 5.0 * (1 + place)
+    hidden = torch.tensor([[[1.0, 0], [3, 0], [0, 1], [0, 1]], [[1, 0]] * 4, [[1, 0], [0, 1], [0, -2], [0, 2]]])
+    found = allocation.summaries(reader, hidden, logits)
+    assert found["distinct"].tolist() == [1, 1, 0.75]
+    assert found["cosine"].tolist() == pytest.approx([1, 1, -1 / 6])  # one vector is left of the second query
+    p = torch.softmax(logits[1, 0], 0)
+    assert found["entropy_mean"][1] == found["entropy_first"][1] == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
+
+
+def test_one_vector_is_no_spread(retriever):
+    single = DiffRetriever(retriever.backbone, k_query=1, k_passage=2)
+    found = mask_features(single, TEXTS)
+    assert (found["cosine"] == 1).all() and (found["distinct"] == 1).all()
+    np.testing.assert_allclose(found["entropy_first"], found["entropy_mean"])
+    assert list(mask_features(single, [])) == list(found)
+
+
+def test_gaps_by_hand():
+    scores = {f"p{i}": float(s) for i, s in enumerate([9, 7, 6, 5, 5, 4, 3, 2, 1, 1, 0, 0])}
+    run = make_run({"a": scores, "b": {"p1": 1.0}, "c": {"p1": 2.0, "p2": 2.0}})
+    found = gap_features(run, ["c", "a", "b"])
+    spread = np.std(list(scores.values()))
+    np.testing.assert_allclose(found["gap_second"], [0, 2 / spread, 0])
+    np.testing.assert_allclose(found["gap_tenth"], [0, (9 - 4.3) / spread, 0])
+
+
+def test_features_of_a_collection(world):  # noqa: F811
+    s, _ = world
+    collection = s.test_collections[0]
+    found = query_features(s, collection, (2, 1))
+    assert list(found) == list(FEATURES)
+    assert list(found.index) == [(collection.name, q) for q in sorted(collection.qrels)]
+    retriever = s.diffretriever(2, 1)
+    texts = dict(zip(collection.query_ids, collection.queries, strict=True))
+    masks = mask_features(retriever, [texts[q] for q in sorted(collection.qrels)])
+    np.testing.assert_allclose(found[list(masks)], masks)
+    run = s.runs(retriever, collection, ["hybrid"])["hybrid"]
+    np.testing.assert_allclose(found[["gap_second", "gap_tenth"]], gap_features(run, sorted(collection.qrels)))
+
+
+def grid_of(values: dict[tuple[int, int], np.ndarray], collection: str = "c") -> pd.DataFrame:
+    frames = [
+        pd.DataFrame(
+            {"collection": collection, "coverage": "whole", "query_id": [f"q{i:03}" for i in range(len(v))], "k_query": kq,
+             "k_passage": kp, "mode": mode, "metric": "ndcg@10", "value": v if mode == "hybrid" else 0.5}
+        ) for (kq, kp), v in values.items() for mode in ("dense", "hybrid")
+    ]  # fmt: skip
+    return pd.concat(frames, ignore_index=True)
+
+
+def test_values_of_each_count():
+    grid = grid_of({(1, 1): np.array([0.1, 0.2]), (4, 1): np.array([0.3, 0.4]), (1, 4): np.ones(2), (4, 4): np.ones(2)})
+    found = count_values(grid, 1)
+    assert found.to_dict("list") == {1: [0.1, 0.2], 4: [0.3, 0.4]}
+    assert list(found.index) == [("c", "q000"), ("c", "q001")]
+
+
+def test_correlations_are_spearman_s_within_collections():
+    rng = np.random.default_rng(0)
+    grids, features = [], []
+    for shift, name in ((0.0, "c"), (100.0, "d")):
+        x = rng.normal(size=30)
+        values = {(kq, kp): rng.normal(size=30) * 0.3 + kq * x for kq in (1, 2, 4) for kp in (1, 2)}
+        grids.append(grid_of(values, name))
+        index = pd.MultiIndex.from_product([[name], [f"q{i:03}" for i in range(30)]], names=["collection", "query_id"])
+        columns = {"goes": x + shift, "constant": 1.0, "other": rng.normal(size=30) - shift}
+        features.append(pd.DataFrame(columns, index=index))
+    one = feature_correlations(features[0], grids[0]).set_index(["feature", "target"])
+    cells = count_values(grids[0], 1) / 2 + count_values(grids[0], 2) / 2
+    rho, p = stats.spearmanr(features[0]["goes"], cells[4] - cells[1])
+    row = one.loc["goes", "large over small Kq"]
+    assert row["rho"] == pytest.approx(rho) and row["p"] == pytest.approx(p) and rho > 0.9 and row["queries"] == 30
+    both = feature_correlations(pd.concat(features), pd.concat(grids))
+    assert list(both) == ["feature", "target", "rho", "p", "p_corrected", "queries"] and len(both) == 6
+    known = both.dropna()
+    assert set(both["feature"]) - set(known["feature"]) == {"constant"}
+    np.testing.assert_allclose(known["p_corrected"], multipletests(known["p"], method="holm")[1])
+    rows = both.set_index(["feature", "target"])
+    assert rows["rho"]["goes", "large over small Kq"] > 0.9 and rows["rho"]["goes", "best Kq"] > 0.7
+    assert rows["p_corrected"]["other", "best Kq"] > 0.05  # the collections differ in it, and in nothing else
+
+
+def test_queries_on_which_all_pairs_tie_have_no_best_count():
+    values = {(kq, 1): np.array([0.5, 0.5, 0.1 * kq, 0.2, 0.4]) for kq in (1, 2)} | {
+        (kq, 2): np.array([0.5, 0.5, 0.1, 0.3, 0.4 - 0.1 * kq]) for kq in (1, 2)
+    }
+    index = pd.MultiIndex.from_product([["c"], [f"q{i:03}" for i in range(5)]], names=["collection", "query_id"])
+    table = feature_correlations(pd.DataFrame({"x": np.arange(5.0)}, index), grid_of(values))
+    assert table.set_index("target")["queries"].to_dict() == {"best Kq": 3, "large over small Kq": 5}
+
+
+# -- the allocator ---------------------------------------------------------------------------------------------
+
+
+def learnable(n: int, signal: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Queries whose gain at Kq = 8 grows with the first feature, and at Kq = 1 falls with it."""
+    rng = np.random.default_rng(seed)
+    index = pd.MultiIndex.from_product([["c"], [f"q{i:03}" for i in range(n)]], names=["collection", "query_id"])
+    features = pd.DataFrame(rng.normal(size=(n, 3)) * [1, 50, 0.01], index, ["x", "y", "z"])
+    base = rng.normal(0.5, 0.05, n)
+    noise = rng.normal(0, 0.05, (2, n))
+    values = {1: base - signal * features["x"] + noise[0], 4: base, 8: base + signal * features["x"] + noise[1]}
+    return features, pd.DataFrame(values, index)
+
+
+def test_what_can_be_learned_is_learned():
+    features, values = learnable(120, 0.2, 0)
+    allocator = KAllocator(default=4).fit(features, values)
+    assert allocator.counts_ == [1, 8] and min(allocator.r2_.values()) > 0.8 and allocator.margin_ < 0.05
+    new, truth = learnable(200, 0.2, 1)
+    chosen = pd.Series(allocator.predict(new), new.index)
+    far = new["x"].abs() > 0.3
+    assert (chosen[far & (new["x"] > 0)] == 8).all() and (chosen[far & (new["x"] < 0)] == 1).all()
+    row = allocator_table(truth, chosen, 4, resamples=200, seed=0).iloc[-1]
+    assert 0.8 < row["closed_low"] < row["closed"] < row["closed_high"] <= 1 and row["p"] < 0.01
+    # the order of columns does not matter, and an estimator can be cloned
+    assert (allocator.predict(new[["z", "y", "x"]]) == chosen).all()
+    assert clone(allocator).get_params()["default"] == 4
+
+
+def test_of_noise_nothing_is_learned():
+    closed = []
+    for seed in range(5):
+        features, values = learnable(40, 0.0, seed)
+        allocator = KAllocator(default=4).fit(features, values)
+        assert max(allocator.r2_.values()) < 0.1
+        new, truth = learnable(200, 0.0, 100 + seed)
+        chosen = pd.Series(allocator.predict(new), new.index)
+        closed.append(allocator_table(truth, chosen, 4, resamples=50, seed=0)["closed"].iloc[-1])
+    assert abs(np.mean(closed)) < 0.2
+
+
+def test_the_default_is_kept_when_nothing_gains():
+    features, values = learnable(30, 0.2, 0)
+    values = pd.DataFrame({k: values[4] - (k != 4) * 0.1 for k in values}, values.index)
+    allocator = KAllocator(default=4).fit(features, values)
+    assert allocator.margin_ == np.inf and (allocator.predict(features) == 4).all()
+    table = allocator_table(values, pd.Series(4, values.index), 4, resamples=50, seed=0)
+    assert table["gain"].tolist() == [0, 0] and table["changed"].tolist() == [0, 0] and table["closed"].isna().all()
+
+
+def test_margins_and_predictions_recomputed():
+    features, values = learnable(40, 0.03, 3)
+    allocator = KAllocator(default=4, folds=4, alphas=(10.0,)).fit(features, values)
+    z = (features - features.mean()) / features.std(ddof=0)
+    gains = values[[1, 8]].sub(values[4], axis=0)
+    plain = Ridge(10.0).fit(z, gains)
+    predicted = plain.predict(z)
+    np.testing.assert_allclose(allocator.model_.predict(features.to_numpy()), predicted)
+    by_hand = [
+        4 if row.max() <= allocator.margin_ else (1, 8)[int(row.argmax())] for row in predicted
+    ]
+    assert allocator.predict(features).tolist() == by_hand
+    for margin, gain in allocator.margin_gains_.items():
+        taken = [
+            0.0 if row.max() <= margin else actual[int(row.argmax())]
+            for row, actual in zip(allocator.out_of_fold_, gains.to_numpy(), strict=True)
+        ]
+        assert gain == pytest.approx(np.mean(taken))
+    assert allocator.margin_gains_[np.inf] == 0
+    assert allocator.margin_gains_[allocator.margin_] == max(allocator.margin_gains_.values())
+    table = allocator_model_table(allocator, values)
+    np.testing.assert_allclose(table[["x", "y", "z"]], plain.coef_)
+    assert table["k_query"].tolist() == [1, 8] and table["alpha"].tolist() == [10, 10]
+    np.testing.assert_allclose(table["mean_gain"], gains.mean())
+
+
+def test_two_counts_and_unfit_input():
+    features, values = learnable(20, 0.2, 0)
+    two = KAllocator(default=4).fit(features, values[[4, 8]])
+    assert set(two.predict(features)) <= {4, 8} and len(allocator_model_table(two, values)) == 1
+    with pytest.raises(ValueError, match="the default Kq=2 has no column; there are 1, 4, 8"):
+        KAllocator(default=2).fit(features, values)
+    with pytest.raises(ValueError, match="not of the same queries"):
+        KAllocator(default=4).fit(features, values.iloc[1:])
+    with pytest.raises(ValueError, match="3 queries are too few"):
+        KAllocator(default=4).fit(features.iloc[:3], values.iloc[:3])
+
+
+def test_allocator_table_by_hand():
+    queries = [("c", "a"), ("c", "b"), ("d", "a"), ("d", "b"), ("d", "c")]
+    index = pd.MultiIndex.from_tuples(queries, names=["collection", "query_id"])
+    values = pd.DataFrame({1: [0.2, 0.9, 0.5, 0.0, 0.6], 4: [0.4, 0.5, 0.5, 0.2, 0.3]}, index)
+    chosen = pd.Series([4, 1, 1, 1, 4], index).sample(frac=1, random_state=0)
+    table = allocator_table(values, chosen, 4, resamples=500, seed=0, chance={"c": 0.1, "d": 0.02})
+    table = table.set_index("collection")
+    assert list(table.index) == ["c", "d", "macro"] and table["queries"].tolist() == [2, 3, 5]
+    np.testing.assert_allclose(table["selected"], [0.45, 1 / 3, (0.45 + 1 / 3) / 2])
+    np.testing.assert_allclose(table["adaptive"], [0.65, 0.8 / 3, (0.65 + 0.8 / 3) / 2])
+    np.testing.assert_allclose(table["oracle_kq"], [0.65, 1.3 / 3, (0.65 + 1.3 / 3) / 2])
+    np.testing.assert_allclose(table["headroom"], [0.2, 0.1, 0.15])
+    np.testing.assert_allclose(table["gain"], [0.2, -0.2 / 3, (0.2 - 0.2 / 3) / 2])
+    np.testing.assert_allclose(table["closed"], [1, -2 / 3, (0.2 - 0.2 / 3) / 0.3])
+    np.testing.assert_allclose(table["chance"], [0.1, 0.02, 0.06])
+    np.testing.assert_allclose(table["mean_kq"], [2.5, 2, 2.25])
+    np.testing.assert_allclose(table["changed"], [1 / 2, 2 / 3, 7 / 12])
+    assert table[["closed_low", "closed_high", "p"]].iloc[:2].isna().all().all()
+    macro = table.loc["macro"]
+    assert macro["closed_low"] <= macro["closed"] <= macro["closed_high"] and 0 < macro["p"] <= 1
+    with pytest.raises(ValueError, match="no Kq was chosen for 1 of 5 queries"):
+        allocator_table(values, chosen.iloc[1:], 4, resamples=10, seed=0)
+
+
+def test_interval_of_the_share_is_a_bootstrap_over_queries():
+    rng = np.random.default_rng(0)
+    parts = []
+    for n in (30, 50):
+        room = rng.exponential(0.1, n)
+        parts.append((room * rng.uniform(-0.5, 1, n), room))
+    low, high = allocation._closed_interval(parts, 2000, 0)
+    drawn = []
+    for _ in range(2000):
+        rows = [rng.integers(0, len(g), len(g)) for g, _ in parts]
+        gain, room = (np.mean([p[side][i].mean() for p, i in zip(parts, rows, strict=True)]) for side in (0, 1))
+        drawn.append(gain / room)
+    assert (low, high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.02)
+
+
+def test_from_a_study_to_the_words(world):  # noqa: F811
+    s, _ = world
+    kq, kp = s.selected
+    values = count_values(s.train_grid, kp)
+    features = query_features(s, s.train_collection, s.selected)
+    allocator = KAllocator(default=kq).fit(features.loc[values.index], values)
+    learned = allocator_model_table(allocator, values)
+    assert len(learned) == len(s.profile.k_grid) - 1
+    found = pd.concat([query_features(s, c, s.selected) for c in s.test_collections])
+    truth = count_values(s.test_grid, kp)
+    chosen = pd.Series(allocator.predict(found.loc[truth.index]), truth.index)
+    table = allocator_table(truth, chosen, kq, resamples=50, seed=0, chance={c.name: 0.0 for c in s.test_collections})
+    texts = s.test_collections[0].queries
+    latency = allocator_latency(s, texts, s.selected, [3 - kq] * len(texts))
+    assert latency["step"].tolist() == ["one pass at the default Kq", "features", "allocator"]
+    assert (latency["queries"] == 4).all() and (latency["q25_ms"] <= latency["median_ms"]).all()
+    text = allocator_summary(table, learned, latency)
+    assert f"{table['closed'].iloc[-1]:.1%}" in text and "nan" not in text.split("\n")[-1]
+    fig = figures.allocator(table)
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["mine-test", "other", "macro"]
+    labelled(fig)
+
+
+def test_words_when_nothing_is_closed():
+    index = pd.MultiIndex.from_product([["c"], ["a", "b", "d"]], names=["collection", "query_id"])
+    values = pd.DataFrame({1: [0.2, 0.9, 0.5], 4: [0.4, 0.5, 0.5]}, index)
+    learned = pd.DataFrame({"r2": [-0.2], "ties": [0.5], "margin": [np.inf], "margin_gain": [0.0]})
+    latency = pd.DataFrame({"step": ["one pass at the default Kq", "features", "allocator"], "mean_ms": [5.0, 0.5, 5.5]})
+    stays = allocator_table(values, pd.Series(4, index), 4, resamples=20, seed=0)
+    assert "It closes nothing because it never leaves the default" in allocator_summary(stays, learned, latency)
+    loses = allocator_table(values, pd.Series([1, 4, 4], index), 4, resamples=20, seed=0)
+    assert "It closes nothing: the gains that it predicts" in allocator_summary(loses, learned, latency)
+    gains = allocator_table(values, pd.Series([4, 1, 4], index), 4, resamples=20, seed=0)
+    assert "closes nothing" not in allocator_summary(gains, learned, latency)
