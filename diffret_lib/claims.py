@@ -46,6 +46,7 @@ import pandas as pd
 from diffret_lib.analysis import PAIR, comparison_name, per_query_best
 from diffret_lib.cache import atomic_path
 from diffret_lib.evaluation import holm, macro_interval, macro_randomization_p
+from diffret_lib.profiles import PROFILES_DIR
 from diffret_lib.study import METRIC, MODES, SELECTION_MODE, macro
 
 if TYPE_CHECKING:
@@ -227,11 +228,12 @@ class _Saved:
     _tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 
     def how(self, name: str) -> str:
-        """How to make what is missing."""
+        """How to make what is missing; a table that no notebook writes yet is said to be such."""
         notebook = PRODUCERS[name]
-        first = "03_training first, then " if name == "per_query" else ""
+        if not (PROFILES_DIR.parent / f"{notebook}.ipynb").is_file():
+            return "the notebooks do not measure it yet"
         command = f"python -m diffret_lib.reproduce {notebook} --profile {self.results.profile_name}"
-        return f"notebook {notebook} writes it: {first}{command}"
+        return f"notebook {notebook} writes it: {command}"
 
     def table(self, name: str) -> pd.DataFrame:
         if name not in self._tables:
@@ -250,6 +252,10 @@ class _Saved:
         frame = self.table("per_query")
         names = [f"{comparison_name(s, t)} ({m})" for s, t, m in zip(frame["system"], frame["training"], frame["mode"])]
         return frame[["collection", "query_id", "value"]].assign(system=names)
+
+    @property
+    def zero_shot_alone(self) -> bool:
+        return set(self.table("per_query")["training"]) == {"zero-shot"}
 
     @property
     def selected(self) -> tuple[int, int]:
@@ -274,7 +280,8 @@ class _Saved:
         for name in (better, than):
             cells = frame[frame["system"] == name]
             if cells.empty:
-                raise _Missing(f"per_query.csv has no rows of {name}; {self.how('per_query')}")
+                how = "no system is fine-tuned in it" if self.zero_shot_alone else self.how("per_query")
+                raise _Missing(f"per_query.csv has no rows of {name}; {how}")
             sides.append(cells.set_index(["collection", "query_id"])["value"].sort_index())
         if not sides[0].index.equals(sides[1].index):
             raise _Missing(f"{better} and {than} were not evaluated on the same queries; {self.how('per_query')}")
