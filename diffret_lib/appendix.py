@@ -48,14 +48,19 @@ _HERE = Path(__file__).resolve().parent
 _TEMPLATES = _HERE / "appendix_template"
 _README = _HERE.parent / "README.md"
 
-#: Text in a table cell from which on (characters) its column is given room.
-_LONG = 40
+#: Characters of a table cell below which its column keeps to one line, and from which on it is given room.
+_SHORT, _LONG = 24, 40
 _NUMBER = re.compile(r"[-+−]?[\d.,]+(e[-+]?\d+)?\s?%?|nan|inf|None", re.IGNORECASE)
 _ELSEWHERE = re.compile(r"url\(\s*[\"']?(?!data:|#)|@import", re.IGNORECASE)
 _TOO_MUCH = ("iframe", "object", "embed", "video", "audio")
 
-#: What latex2mathml has no name for, or (in a displayed formula) puts beside the operator instead of below it.
-_SPELLINGS = ((r"\\arg(?![A-Za-z])", r"\\operatorname{arg}"),)
+#: Spellings that latex2mathml does not know, or sets without the space after a function.
+_SPELLINGS = (
+    (r"\\arg(?![A-Za-z])", r"\\operatorname{arg}"),
+    (r"\\setminus(?![A-Za-z])", r"\\smallsetminus"),
+    (r"\\(exp|log|operatorname\{\w+\})(?=\s*[A-Za-z\\])(?!\s*\\(left|[bB]igg?|,))", r"\\\1\\,"),
+)
+#: In a displayed formula it sets the range beside the operator instead of below it.
 _DISPLAYED = ((r"\\(max|min|sup|inf)(?=\s*_)", r"\\\1\\limits"),)
 
 
@@ -289,9 +294,10 @@ def _tables(soup: BeautifulSoup) -> None:
         body = [row for row in rows if row and any(cell.name == "td" for cell in row)]
         for column in zip(*body) if len({len(row) for row in body}) == 1 else ():
             texts = [text for cell in column if (text := cell.get_text(" ", strip=True))]
-            kind = "number" if texts and all(map(_NUMBER.fullmatch, texts)) else ""
-            if any(len(text) >= _LONG for text in texts):
-                kind = "long"
+            longest = max(map(len, texts), default=0)
+            kind = "long" if longest >= _LONG else "short" if longest < _SHORT else ""
+            if texts and all(map(_NUMBER.fullmatch, texts)):
+                kind = "number"
             position = body[0].index(column[0])
             heads = [row[position] for row in rows if row not in body and len(row) == len(body[0])]
             for cell in (*column, *heads) if kind else ():
@@ -374,10 +380,11 @@ def _claims(content: Mapping[str, Any]) -> Markup:
     try:
         for claim in content["claims"]:
             tests = "\n".join(map(_test, (t for t in claim["tests"] if t["counts"])))
-            rows.append([claim["id"], claim["statement"], claim["verdict"], tests, claim["paper"], claim["not_shown"]])
+            verdict = Markup("<strong>{}</strong>").format(claim["verdict"])
+            rows.append([claim["id"], claim["statement"], verdict, tests, claim["paper"]])
     except (KeyError, TypeError) as error:
         raise AppendixError(f"claims.json is not as notebook 07 writes it ({error!r}); run that notebook again") from error
-    columns = ["Claim", "Statement", "Verdict", "Tests that count", "The paper's value", "Not shown"]
+    columns = ["Claim", "Statement", "Verdict", "Tests that count", "The paper's value"]
     caption = "The paper's claims: value [95 % interval], corrected p, verdict of each test"
     return _table(caption, columns, rows, preformatted=3)
 
@@ -409,7 +416,7 @@ def _run(run: Mapping[str, Any], pages: list[Page]) -> list[Markup]:
     tables = [
         ("Seconds and peak memory of each notebook; encodings that were cached are not computed again",
          ["Notebook", "Seconds", "Peak memory (GiB)", "Status"], notebooks),
-        ("Hardware", ["", ""], hardware),
+        ("Hardware", ["Part", "Value"], hardware),
         ("Seeds", ["Of", "Seed"], seeds),
         ("Versions", ["Package", "Version"], versions),
     ]  # fmt: skip

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.tiny import tiny_backbone
+from transformers import TrainerCallback
+
+from diffret_lib import study as study_module
+from diffret_lib.backbones import with_adapter
+from diffret_lib.collection import Collection, load_collection
+from diffret_lib.finetuning import (
+    SYSTEMS,
+    FinetunedSystem,
+    finetune,
+    finetuned_retriever,
+    learning_curves,
+    step_order,
+    systems,
+    training_data,
+    training_rows,
+    training_summary,
+)
+from diffret_lib.profiles import load_profile
+from diffret_lib.study import Study, System
+
+WORDS = ["heap", "tree", "array", "axis", "sorted copy", "eigenvalues", "square", "parent", "children", "queue"]
+PAIR = (2, 2)
+
+
+class Kill(TrainerCallback):
+    """End the process as ``kill -9`` does, after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def make_study(root: Path) -> Study:
+    """A study on tiny backbones, with 8 passages to train on."""
+    rng = np.random.default_rng(0)
+    for name in ("train", "dev"):
+        if (root / name).exists():
+            continue
+        passages = [" ".join(rng.choice(WORDS, 6)) + f" {i}." for i in range(8)]
+        queries = [" ".join(p.split()[:2]) for p in passages]
+        Collection(
+            name, [f"p{i}" for i in range(8)], passages, [f"q{i}" for i in range(8)], queries,
+            {f"q{i}": {f"p{i}": 1} for i in range(8)},
+        ).write_beir(root / name)  # fmt: skip
+    content = load_profile("smoke").model_dump()
+    content["train_collection"], content["test_collections"] = str(root / "train"), [str(root / "dev")]
+    content["training"] |= {
+        "sample": {"queries": None, "passages": None}, "steps": 5, "batch_size": 3, "negatives": 2, "mini_batch": 4,
+        "learning_rate": 0.01, "evaluate_every": 2, "patience": 9,
+        "development": {"collection": str(root / "dev"), "queries": None, "passages": None},
+    }  # fmt: skip
+    return Study(load_profile("smoke").model_validate(content))
+
+
+def use_tiny_backbones(root: Path) -> None:
+    def load(name, *, dtype):
+        return tiny_backbone(root / "tiny", "diffusion" if "diffusion" in name else "autoregressive")
+
+    study_module.load_backbone = load
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("finetuning")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("DIFFRET_CACHE", str(root / "cache"))
+    patch.setattr(study_module, "load_backbone", study_module.load_backbone)  # put back at the end
+    use_tiny_backbones(root)
+    yield root
+    patch.undo()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_killed_and_started_again(root, tmp_path, monkeypatch):
+    """A process that is killed leaves a training that ends as an uninterrupted one does, bit by bit."""
+    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "whole"))
+    whole = finetune(make_study(root), "DiffRetriever multi", PAIR, progress=False)
+    cache = tmp_path / "killed"
+    code = (
+        "from pathlib import Path\n"
+        "from tests.test_finetuning import *\n"
+        f"root = Path({str(root)!r})\n"
+        "use_tiny_backbones(root)\n"
+        "finetune(make_study(root), 'DiffRetriever multi', PAIR, callbacks=[Kill(3)], progress=False)\n"
+    )
+    environment = os.environ | {"DIFFRET_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not list(cache.glob("finetuned/*")) and list(cache.glob("finetuning/*/checkpoint-2"))
+    monkeypatch.setenv("DIFFRET_CACHE", str(cache))
+    again = finetune(make_study(root), "DiffRetriever multi", PAIR, progress=False)
+    assert again.adapter.parent.name == whole.adapter.parent.name and again.adapter != whole.adapter
+    for name, tensor in weights(whole.adapter).items():
+        assert torch.equal(weights(again.adapter)[name], tensor), name
+    steps = [{k: v for k, v in r.items() if k != "seconds"} for r in again.curve]
+    assert steps == [{k: v for k, v in r.items() if k != "seconds"} for r in whole.curve]
+    assert [r["step"] for r in steps] == [0, 1, 2, 3, 4, 5]
+    assert not list(cache.glob("finetuning/*"))  # checkpoints are gone
+
+
+def test_all_systems(root, monkeypatch):
+    study = make_study(root)
+    found = systems(study, PAIR)
+    assert [s.name for s in found] == list(SYSTEMS) and {s.training for s in found} == {"fine-tuned"}
+    counts = {s.name: (s.k_query, s.k_passage) for s in found}
+    assert counts == {
+        "DiffRetriever single": (1, 1), "DiffRetriever multi": PAIR, "DiffEmbed": (None, None),
+        "PromptReps single": (1, 1), "PromptReps multi": (5, 5), "RepLLaMA": (None, None),
+    }  # fmt: skip
+    results = [finetune(study, name, PAIR) for name in SYSTEMS]
+    table = training_summary(results)
+    assert table["system"].tolist() == list(SYSTEMS) and (table["steps"] == 5).all() and table["best_step"].isin([2, 4, 5]).all()
+    curves = learning_curves(results)
+    assert list(curves) == ["system", "step", "loss", "dev_ndcg", "seconds"] and len(curves) == 6 * 6
+    assert curves[curves["step"] > 0]["loss"].notna().all()
+    # the same steps on the same rows teach every system something on them
+    assert (curves[curves["step"] == 5].set_index("system")["loss"] < curves[curves["step"] == 1].set_index("system")["loss"]).sum() >= 4
+    for system, result in zip(found, results, strict=True):
+        own = study.backbone(system.family)
+        assert system.retriever.backbone.fingerprint not in (own.fingerprint, None)
+        changed = [not torch.equal(a, b) for a, b in zip(own.model.parameters(), system.retriever.backbone.model.parameters())]
+        assert any(changed) and all(v.abs().max() > 0 for k, v in weights(result.adapter).items() if "lora_B" in k)
+        text = (result.adapter / "adapter_config.json").read_text()
+        assert str(root) not in text
+        frame = study.evaluate(system, study.test_collections[0])
+        assert frame["value"].between(0, 1).all() and set(frame["training"]) == {"fine-tuned"}
+    # finished: nothing is trained, nor is a model copied
+    monkeypatch.setattr("diffret_lib.finetuning.new_adapter", None)
+    again = finetune(study, "RepLLaMA", PAIR)
+    assert again == results[-1] == FinetunedSystem.load(again.adapter.parent)
+
+
+def test_merged_adapter_is_the_trained_model(root):
+    study = make_study(root)
+    result = finetune(study, "DiffEmbed", PAIR)
+    retriever = finetuned_retriever(study, "DiffEmbed", result.adapter, PAIR)
+    kept = next(r for r in result.curve if r.get("kept"))
+    frame = study.evaluate(
+        System("x", "diffusion", retriever), load_collection(study.profile.training.development.collection)
+    )
+    assert kept["dev_ndcg"] == pytest.approx(frame[frame["metric"] == "ndcg@10"]["value"].mean())
+    assert with_adapter(study.backbone("diffusion"), result.adapter).fingerprint == retriever.backbone.fingerprint
+
+
+def test_rows_of_the_training_collection(root):
+    data = training_data(make_study(root), PAIR)
+    assert data.rows.column_names == ["query", "positive", "negative_1", "negative_2"] and len(data.rows) == 8
+    texts = dict(zip(data.collection.passage_ids, data.collection.passages, strict=True))
+    for query_id, row in zip(data.collection.query_ids, data.rows, strict=True):
+        mined = data.negatives[data.negatives["query_id"] == query_id]["passage_id"]
+        assert row["positive"] == texts[data.collection.relevant(query_id)[0]]
+        assert [row["negative_1"], row["negative_2"]] == [texts[p] for p in mined]
+        assert row["positive"] not in (row["negative_1"], row["negative_2"])
+    assert set(data.negatives["source"]) <= {"BM25", "DiffRetriever", "random"}
+    assert training_data(make_study(root), PAIR).fingerprint == data.fingerprint
+    two = Collection("c", ["a", "b", "c"], ["A", "B", "C"], ["q"], ["x"], {"q": {"a": 1, "b": 1}})
+    rows = training_rows(two, pd.DataFrame({"query_id": ["q"], "passage_id": ["c"], "source": ["random"]}))
+    assert rows.to_list() == [{"query": "x", "positive": p, "negative_1": "C"} for p in ("A", "B")]
+
+
+def test_order_of_the_rows():
+    order = step_order(4, 10, 0)
+    assert len(order) == 10 and sorted(order[:4]) == sorted(order[4:8]) == [0, 1, 2, 3] and set(order[8:]) <= {0, 1, 2, 3}
+    assert step_order(4, 10, 0) == order != step_order(4, 10, 1)
+
+
+def test_an_unknown_system(root):
+    with pytest.raises(ValueError, match="there is no system 'ColBERT'; there are DiffRetriever single"):
+        finetune(make_study(root), "ColBERT", PAIR)
+
+
+def test_recipe_is_on_record(root):
+    study = make_study(root)
+    about = json.loads((finetune(study, "RepLLaMA", PAIR).adapter.parent / "recipe.json").read_text())
+    assert (about["recipe"]["rank"], about["recipe"]["alpha"], about["recipe"]["temperature"]) == (16, 64, 0.01)
+    assert about["recipe"]["steps"] == 5 and about["trainable_parameters"] > 0
