@@ -16,13 +16,13 @@ endif
 # What a notebook's result depends on. Stamps live in build/, which git ignores: a fresh clone has none and runs
 # everything, whatever the times of its files; a second run finds them and does nothing.
 NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
-LIBRARY   := $(shell find diffret_lib -type f \( -name '*.py' -o -name '*.yaml' -o -name '*.json' -o -name '*.safetensors' \))
+LIBRARY   := $(shell find diffret_lib -type f ! -name appendix.py \( -name '*.py' -o -name '*.yaml' -o -name '*.json' -o -name '*.safetensors' \))
 EXTRA     := $(if $(COLLECTION),$(wildcard $(COLLECTION)/*.jsonl $(COLLECTION)/qrels/*.tsv))
 STAMPS    := build/$(PROFILE)
 DONE      := $(NOTEBOOKS:%=$(STAMPS)/%.done)
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce smoke test lab clean distclean env profile FORCE
+.PHONY: help reproduce smoke appendix test lab clean distclean env profile FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SECONDEXPANSION:
@@ -40,6 +40,9 @@ reproduce: profile env $(DONE) ## run the notebooks into results/PROFILE/ (those
 
 smoke: ## the same notebooks on next to nothing, into results/smoke/
 	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
+
+appendix: profile env ## the executed notebooks as HTML pages, into results/PROFILE/appendix/
+	@$(PY) -m diffret_lib.appendix --profile $(PROFILE)
 
 test: env ## run the tests (ARGS="-k name" for some)
 	@$(PY) -m pytest -q $(ARGS)

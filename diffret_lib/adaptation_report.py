@@ -25,7 +25,7 @@ from diffret_lib.adaptation import (
     read_curves,
 )
 from diffret_lib.backbones import adapter_path, load_backbone
-from diffret_lib.cache import atomic_path, cache_dir, fingerprint
+from diffret_lib.cache import atomic_path, cache_dir, file_sha256, fingerprint, remembered
 from diffret_lib.collection import Collection
 from diffret_lib.evaluation import per_query
 from diffret_lib.profiles import load_profile
@@ -49,6 +49,11 @@ class Run:
     adapter: Path
     tokens: int
     curve: list[dict[str, Any]]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the trained model."""
+        return fingerprint("adapted", file_sha256(self.adapter / "adapter_model.safetensors"))
 
 
 def run_recipe(
@@ -78,6 +83,18 @@ def run_recipe(
     )  # fmt: skip
     seen = sum(r.steps * r.batch_size * r.sequence_length for r in stages)
     return Run(model, Path(work) / stages[-1].stage / "adapter", seen, read_curves(Path(work)))
+
+
+def held_out_losses(model: Any, rows: np.ndarray, mask_id: int, identity: str) -> dict[str, float]:
+    """:func:`~diffret_lib.adaptation.held_out_cross_entropy`, kept in the cache.
+
+    Parameters
+    ----------
+    identity : str
+        A fingerprint of the model.
+    """
+    key = fingerprint(identity, mask_id, rows.tolist())
+    return remembered("held_out", key, lambda: held_out_cross_entropy(model, rows, mask_id, progress=True))
 
 
 def write_log(work: Path, adapter: Path, retrieval: pd.DataFrame, **more: Any) -> None:
@@ -263,8 +280,9 @@ def publish(work: Path, profile: str = "embedded") -> None:
     rows = pack(
         [t.text for t in held_out_texts()], backbone.tokenizer, 256, limit=study.profile.adaptation.held_out_sequences
     )
-    before = held_out_cross_entropy(backbone.model, rows, backbone.mask_id, progress=True)
-    after = held_out_cross_entropy(study.backbone("diffusion").model, rows, backbone.mask_id, progress=True)
+    adapted = study.backbone("diffusion")
+    before = held_out_losses(backbone.model, rows, backbone.mask_id, backbone.fingerprint)
+    after = held_out_losses(adapted.model, rows, backbone.mask_id, adapted.fingerprint)
     collection = study.development
     folders = {s.stage: Path(work) / s.stage / "adapter" for s in STAGES[:-1]}
     stages = {"parent, attention both ways": "none"}

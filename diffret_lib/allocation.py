@@ -24,6 +24,7 @@ from sklearn.preprocessing import StandardScaler
 
 from diffret_lib.analysis import PAIR, per_query_best
 from diffret_lib.collection import Collection
+from diffret_lib.cache import fingerprint, remembered
 from diffret_lib.evaluation import holm, macro_randomization_p
 from diffret_lib.readers import MaskedPositions
 from diffret_lib.retrievers import DiffRetriever
@@ -130,7 +131,10 @@ def query_features(
     run = study.runs(retriever, collection, [mode])[mode]
     texts = dict(zip(collection.query_ids, collection.queries, strict=True))
     ids = sorted(collection.qrels)
-    frame = pd.concat([mask_features(retriever, [texts[q] for q in ids]), gap_features(run, ids)], axis=1)
+    asked = [texts[q] for q in ids]
+    key = fingerprint(retriever.fingerprint("query"), asked, list(FEATURES))
+    masks = remembered("features", key, lambda: mask_features(retriever, asked).to_dict("list"))
+    frame = pd.concat([pd.DataFrame(masks), gap_features(run, ids)], axis=1)
     frame.index = pd.MultiIndex.from_product([[collection.name], ids], names=_KEYS)
     return frame[list(FEATURES)].astype(float)
 

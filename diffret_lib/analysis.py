@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from diffret_lib import scoring
+from diffret_lib.cache import fingerprint, remembered
 from diffret_lib.evaluation import holm, macro_interval, macro_randomization_p, per_query
 from diffret_lib.prompts import ENGLISH_STOP_WORDS, Task, content_words
 from diffret_lib.representations import Representations
@@ -81,9 +83,14 @@ def _cells(grid: pd.DataFrame, mode: str) -> pd.DataFrame:
 
 
 def predicted_tokens(retriever: Retriever, texts: Sequence[str], task: Task = "document") -> list[list[str]]:
-    """The greedy token at each position that the retriever reads, up to the first special token."""
+    """The greedy token at each position that the retriever reads, up to the first special token; kept in the cache."""
+    key = fingerprint(retriever.fingerprint(task), list(texts))
+    return remembered("predictions", key, lambda: _predicted_tokens(retriever, texts, task))
+
+
+def _predicted_tokens(retriever: Retriever, texts: Sequence[str], task: Task) -> list[list[str]]:
     reader, rows = retriever.reader, []
-    for start in range(0, len(texts), 16):
+    for start in tqdm(range(0, len(texts), 16), desc=f"{retriever.name}: predictions", disable=len(texts) <= 16):
         features: dict[str, Any] = reader.preprocess(list(texts[start : start + 16]), task=task)
         features = {k: v.to(retriever.backbone.device) if torch.is_tensor(v) else v for k, v in features.items()}
         with torch.inference_mode():

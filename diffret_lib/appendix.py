@@ -161,7 +161,7 @@ def mathml(latex: str, display: bool = False) -> str:
         reason = str(error) or type(error).__name__
         raise AppendixError(f"the formula {latex.strip()!r} cannot be converted to MathML: {reason}") from error
     if left:
-        raise AppendixError(f"the formula {latex.strip()!r} has the command {left[0]}, which latex2mathml does not know")
+        raise AppendixError(f"the formula {latex.strip()!r} has {left[0]}, which latex2mathml does not know")
     return element
 
 
@@ -383,7 +383,8 @@ def _claims(content: Mapping[str, Any]) -> Markup:
             verdict = Markup("<strong>{}</strong>").format(claim["verdict"])
             rows.append([claim["id"], claim["statement"], verdict, tests, claim["paper"]])
     except (KeyError, TypeError) as error:
-        raise AppendixError(f"claims.json is not as notebook 07 writes it ({error!r}); run that notebook again") from error
+        message = f"claims.json is not as notebook 07 writes it ({error!r}); run that notebook again"
+        raise AppendixError(message) from error
     columns = ["Claim", "Statement", "Verdict", "Tests that count", "The paper's value"]
     caption = "The paper's claims: value [95 % interval], corrected p, verdict of each test"
     return _table(caption, columns, rows, preformatted=3)

@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,27 @@ def _plain(value: Any) -> Any:
                 raise TypeError(f"fingerprint takes dicts with str keys; {key!r} is a {type(key).__name__}")
         return {key: _plain(item) for key, item in value.items()}
     raise TypeError(f"fingerprint takes str, bytes, numbers, None, lists and dicts, not a {type(value).__name__}")
+
+
+def remembered(kind: str, key: str, compute: Callable[[], Any]) -> Any:
+    """What ``compute`` gives, out of the cache from the second time on; JSON.
+
+    Parameters
+    ----------
+    kind : str
+        A folder of the cache.
+    key : str
+        The content address: a fingerprint of everything that the value depends on.
+    compute : callable
+        Gives what JSON can hold.
+    """
+    path = cache_dir() / kind / f"{key}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    value = compute()
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -27,6 +27,9 @@ The loss of claim 6 has no unbiased estimate: against the best pair in hindsight
 cross-fitted one too small.  Its interval runs from the lower bound of the one to the upper bound of the other, so
 that neither luck in a collection's best pair nor a poor choice of it decides.  (The rule was first the cross-fitted
 estimate alone, and was tightened after a look at a zero-shot grid: a lower bound cannot show that little is lost.)
+The same holds of the headroom beyond chance in claim 7: random twins lean to finding nothing, split halves rest on
+few queries and lean to finding something, and the interval that counts holds both; its p is the larger one.  (That
+rule too was made after a look at a zero-shot run, in which the two disagreed; random twins alone would have counted.)
 """
 
 from __future__ import annotations
@@ -440,7 +443,10 @@ def _transfer(saved: _Saved) -> Iterator[Test]:
 
 
 def _headroom(saved: _Saved) -> tuple[list[Test], float]:
-    """The oracle's headroom beyond chance, the strictest first, which counts; and what it gains by chance, at most."""
+    """The oracle's headroom beyond chance, and what it gains by chance, at most.
+
+    Over the best fixed pair there are two estimates; first, and counting, stands the interval that holds both.
+    """
     test = Test(7, "oracle − fixed pair, beyond chance", "clear gain", "headroom of nDCG@10", MARGIN)
     try:
         table = saved.table("oracle_chance")
@@ -450,11 +456,17 @@ def _headroom(saved: _Saved) -> tuple[list[Test], float]:
     if not beyond.any():
         return [replace(test, note=f"oracle_chance.csv has no row beyond chance; {saved.how('oracle_chance')}")], 0.0
     rows = table[beyond].sort_values("quantity", key=lambda q: ~q.str.contains("best fixed"), kind="stable")
+    rows["p"] = np.minimum(1.0, 2 * rows["p"])  # one-sided in the table
+    rows["comparison"] = [f"oracle, {row.quantity} ({row.method})" for row in rows.itertuples()]
+    best = rows[rows["quantity"].str.contains("best fixed")]
+    if len(best) > 1:
+        both = {"comparison": "oracle, beyond chance over best fixed (both estimates)", "value": best["value"].mean(),
+                "low": best["low"].min(), "high": best["high"].max(), "p": best["p"].max(), "queries": best["queries"].min()}  # fmt: skip
+        rows = pd.concat([pd.DataFrame([both]), rows], ignore_index=True)
     tests = [
         replace(
-            test, comparison=f"oracle, {row.quantity} ({row.method})", value=float(row.value), low=float(row.low),
-            high=float(row.high), p=float(np.minimum(1.0, 2 * row.p)),  # one-sided in the table
-            queries=int(getattr(row, "queries", 0)), counts=i == 0, note="over all test collections",
+            test, comparison=row.comparison, value=float(row.value), low=float(row.low), high=float(row.high),
+            p=float(row.p), queries=int(row.queries), counts=i == 0, note="over all test collections",
         )
         for i, row in enumerate(rows.itertuples())
     ]  # fmt: skip
@@ -547,7 +559,9 @@ _ENTRIES = {
         "backbone is above fine-tuning at the same pair.",
         _oracle,
         ("tables/oracle_chance.csv", "tables/oracle.csv", "tables/grid_per_query.csv", "figures/oracle_chance.png"),
-        "Headroom that exists need not be predictable without the judgements. The comparison with fine-tuning also "
+        "Beyond chance is less than the raw headroom that the paper reports (tables/oracle.csv), and says that the pair "
+        "matters to the query, not that it needs so many vectors: random weights show some too. Headroom that exists need "
+        "not be predictable without the judgements. The comparison with fine-tuning also "
         "depends on how much fine-tuning adds.",
     ),
 }  # fmt: skip

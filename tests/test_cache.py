@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffret_lib.cache import atomic_path, cache_dir, file_sha256, fingerprint
+from diffret_lib.cache import atomic_path, cache_dir, file_sha256, fingerprint, remembered
 
 
 def test_cache_dir_is_what_the_variable_says(monkeypatch, tmp_path):
@@ -81,3 +81,20 @@ def test_atomic_folder_replaces_a_folder(tmp_path):
 def test_atomic_path_wants_something_written(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing was written"), atomic_path(tmp_path / "f"):
         pass
+
+
+def test_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path))
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"a": [0.1 + 0.2, None]}
+
+    first = remembered("things", "key", compute)
+    assert remembered("things", "key", compute) == first == {"a": [0.1 + 0.2, None]} and len(calls) == 1
+    remembered("things", "other", compute)
+    assert len(calls) == 2 and sorted(p.name for p in (tmp_path / "things").iterdir()) == ["key.json", "other.json"]
+    with pytest.raises(TypeError):
+        remembered("things", "set", lambda: {1})
+    assert len(list((tmp_path / "things").iterdir())) == 2  # nothing half-written

@@ -118,7 +118,7 @@ def chance(value: float, low: float, high: float, p: float, level: float = 0.02)
         ("random twins", "chance over selected", level / 2, level, level, np.nan),
         ("random twins", "beyond chance over selected", 0.5, 0.5, 0.5, 0.5),
         ("random twins", "beyond chance over best fixed", value, low, high, p),
-        ("split halves", "beyond chance over best fixed", -0.5, -0.6, -0.4, 1.0),
+        ("split halves", "beyond chance over best fixed", value + 0.01, low, high + 0.01, p / 2),
     ]
     return pd.DataFrame(rows, columns=["method", "quantity", "value", "low", "high", "p"]).assign(queries=120)
 
@@ -405,14 +405,25 @@ def test_transfer_needs_both_estimates(tmp_path):
 
 def test_headroom_and_its_part_by_chance(found):
     own = found.claims[6].tests
-    assert [t.counts for t in own] == [True, False, False, True]
-    assert (own[0].value, own[0].p, own[0].queries) == (0.05, 0.0004, 120)  # one-sided in the table
+    assert [t.counts for t in own] == [True, False, False, False, True]
+    # first the interval of both estimates over the best fixed pair; p is one-sided in the table
+    assert (own[0].value, own[0].low, own[0].high) == pytest.approx((0.055, 0.03, 0.08))
+    assert (own[0].p, own[0].queries) == (0.0004, 120)
+    assert (own[1].value, own[1].p, own[2].value, own[2].p) == pytest.approx((0.05, 0.0004, 0.06, 0.0002))
     cells = grid(0.0, 0.05, level=0.7)
     cells = cells[(cells["mode"] == "hybrid") & cells["collection"].isin(COLLECTIONS[1:])]
     best = cells.groupby(["collection", "query_id"])["value"].max().groupby("collection").mean().mean()
     # less the larger chance level and the fine-tuned level
     assert own[-1].value == pytest.approx(best - 0.02 - 0.6)
     assert own[-1].note == "" and "0.020 by chance" in own[-1].comparison
+
+
+def test_estimates_of_the_headroom_that_disagree(tmp_path):
+    table = chance(-0.01, -0.02, 0.01, 0.9)
+    alone = table[table["method"] != "split halves"]
+    assert verdicts(make(tmp_path / "one", oracle_chance=alone))[7] == CONTRADICTED
+    table.loc[table["method"] == "split halves", ["value", "low", "high", "p"]] = 0.05, 0.03, 0.08, 0.0001
+    assert verdicts(make(tmp_path / "two", oracle_chance=table))[7] == INCONCLUSIVE
 
 
 def test_fine_tuned_at_another_pair(tmp_path):
