@@ -75,10 +75,8 @@ def masked_pass(retriever: DiffRetriever, texts: Sequence[str]) -> tuple[torch.T
     """Hidden states [n, Kq, H] and logits [n, Kq, V] at the positions that are read for queries."""
     reader: MaskedPositions = retriever.reader
     features = reader.preprocess(list(texts), task="query")
-    ids, mask = (features[name].to(retriever.backbone.device) for name in ("input_ids", "attention_mask"))
-    hidden = reader.body(ids, mask)
-    start = hidden.shape[1] - features["first_mask"] - int(reader.prediction_shift)
-    hidden = hidden[:, start : start + features["mask_count"]]
+    device = retriever.backbone.device
+    hidden = reader.masked({k: v.to(device) if torch.is_tensor(v) else v for k, v in features.items()})
     return hidden, reader.logits(hidden)
 
 

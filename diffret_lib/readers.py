@@ -263,10 +263,14 @@ class MaskedPositions(Reader):
         logits[..., self.mask_id] = -torch.inf
         return logits
 
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def masked(self, features: dict[str, Any]) -> Tensor:
+        """Hidden states at the positions that are read; [batch, K, H]."""
         hidden = self.body(features["input_ids"], features["attention_mask"])
         start = hidden.shape[1] - features["first_mask"] - int(self.prediction_shift)
-        hidden = hidden[:, start : start + features["mask_count"]]
+        return hidden[:, start : start + features["mask_count"]]
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        hidden = self.masked(features)
         valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         return features | self.read(hidden, valid, features["content_ids"])
 
