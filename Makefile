@@ -62,7 +62,8 @@ distclean: clean ## clean, and remove .venv
 # Which notebook reads what another one found.
 $(STAMPS)/04_evaluation.done: $(STAMPS)/02_mask_count.done
 $(STAMPS)/05_per_query_optimal_k.done: $(STAMPS)/04_evaluation.done
-$(STAMPS)/07_claims.done: $(STAMPS)/05_per_query_optimal_k.done
+$(STAMPS)/06_efficiency.done: $(STAMPS)/04_evaluation.done
+$(STAMPS)/07_claims.done: $(STAMPS)/05_per_query_optimal_k.done $(STAMPS)/06_efficiency.done
 $(STAMPS)/90_explore.done: $(STAMPS)/02_mask_count.done
 
 # The stamp has the time at which the run began, so that an edit made meanwhile counts.

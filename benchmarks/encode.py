@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from tqdm.auto import tqdm
 from diffret_lib.backbones import AdapterSource, LoadedBackbone, get_backbone, load_backbone
 from diffret_lib.cache import atomic_path
 from diffret_lib.collection import load_collection
+from diffret_lib.efficiency import interleaved
 from diffret_lib.profiles import K_GRID
 from diffret_lib.reporting import hardware
 from diffret_lib.representations import Representations
@@ -151,29 +151,6 @@ class MatrixProducts:
 
 
 # -- measuring -------------------------------------------------------------------------------------------
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
-    start = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - start
-
-
-def interleaved(systems: dict[Row, Callable[[], object]], rounds: int, device: torch.device) -> dict[Row, list[float]]:
-    """Seconds of each system in each round; every other round goes backwards, so that a drift cancels."""
-    times: dict[Row, list[float]] = {row: [] for row in systems}
-    with tqdm(total=rounds * len(systems), desc="measuring", unit="run") as bar:
-        for number in range(rounds):
-            for row in list(systems)[:: 1 if number % 2 == 0 else -1]:
-                times[row].append(seconds(systems[row], device))
-                bar.update()
-    return times
 
 
 def reference(row: Row, ks: Sequence[int]) -> Row:

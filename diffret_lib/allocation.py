@@ -23,8 +23,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from diffret_lib.analysis import PAIR, per_query_best
-from diffret_lib.collection import Collection
 from diffret_lib.cache import fingerprint, remembered
+from diffret_lib.collection import Collection
 from diffret_lib.evaluation import holm, macro_randomization_p
 from diffret_lib.readers import MaskedPositions
 from diffret_lib.retrievers import DiffRetriever

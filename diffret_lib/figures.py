@@ -226,3 +226,54 @@ def allocator(table: pd.DataFrame) -> Figure:
     ax.invert_yaxis()
     ax.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return fig
+
+
+_FAMILY_MARKERS = {"diffusion": "o", "autoregressive": "s"}
+
+
+def latency_vectors(latency: pd.DataFrame) -> Figure:
+    """Encoding latency of one text against its number of vectors; a panel a side, bands between the quartiles."""
+    cells = latency[latency["curve"] == "vectors"]
+    sides = list(dict.fromkeys(cells["side"]))
+    fig, axes = plt.subplots(1, len(sides), figsize=(5.2 * len(sides), 4.2), squeeze=False)
+    for ax, side in zip(axes[0], sides, strict=True):
+        own = cells[cells["side"] == side]
+        for (system, decoding), group in own.groupby(["system", "decoding"], sort=False):
+            group = group.sort_values("vectors")
+            label = f"{system}, {decoding}" if decoding else system
+            style = {"linestyle": "--" if decoding == "as answered" else "-"}
+            (line,) = ax.plot(
+                group["vectors"], group["median_ms"], marker=_FAMILY_MARKERS[group["family"].iloc[0]], label=label, **style
+            )
+            ax.fill_between(group["vectors"], group["q1_ms"], group["q3_ms"], color=line.get_color(), alpha=0.2)
+        tokens = own["text_tokens"].iloc[0]
+        ax.set(title=f"one {side} of {tokens} tokens", xlabel="vectors per text", ylim=(0, None))
+        ax.set_ylabel("latency (ms), median and quartiles")
+    axes[0, 0].legend(fontsize=8)
+    return fig
+
+
+def latency_search(search: pd.DataFrame) -> Figure:
+    """Search latency of one query against the number of vectors in the index."""
+    fig, ax = plt.subplots()
+    markers = iter("osD^v")
+    for kind, group in search[search["median_ms"].notna()].groupby("index", sort=False):
+        error = [group["median_ms"] - group["q1_ms"], group["q3_ms"] - group["median_ms"]]
+        ax.errorbar(group["vectors"], group["median_ms"], yerr=error, marker=next(markers), capsize=2, label=kind)
+    ax.set(xscale="log", yscale="log", xlabel="vectors in the index", ylabel="latency of one query (ms), median and quartiles")
+    ax.legend(fontsize=8)
+    return fig
+
+
+def effectiveness_latency(table: pd.DataFrame) -> Figure:
+    """Zero-shot effectiveness against the latency of a query (the paper's Figure 1)."""
+    fig, ax = plt.subplots()
+    for row in table.itertuples():
+        (point,) = ax.plot(row.latency_ms, row.ndcg, marker=_MODE_MARKERS[row.mode], linestyle="", markersize=8)
+        ax.annotate(
+            f"{row.system} ({row.mode})", (row.latency_ms, row.ndcg), xytext=(6, 4), textcoords="offset points",
+            fontsize=8, color=point.get_color(),
+        )  # fmt: skip
+    ax.set(xscale="log", xlabel="latency of a query (ms): encoding and search", ylabel="macro nDCG@10, zero-shot")
+    ax.margins(x=0.35, y=0.12)
+    return fig

@@ -18,12 +18,11 @@ A reader is an :class:`~sentence_transformers.base.modules.InputModule`.  It wri
 from __future__ import annotations
 
 import copy
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from sentence_transformers.base.modules import InputModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 

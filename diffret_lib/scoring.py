@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import ranx
-import scipy.sparse as sp
 import torch
 from numba.typed import List as TypedList
 from ranx.data_structures.common import create_and_sort

@@ -98,7 +98,7 @@ def clean(text: str) -> str:
 
 def _accept(text: str) -> bool:
     letters = sum(c.isalpha() or c.isspace() for c in text)
-    return MIN_CHARS <= len(text) and letters >= 0.75 * len(text) and text.isascii()
+    return len(text) >= MIN_CHARS and letters >= 0.75 * len(text) and text.isascii()
 
 
 def _texts(package: str, sources: Iterable[tuple[str, str]], description: str | None) -> Iterator[Text]:
