@@ -277,3 +277,20 @@ def effectiveness_latency(table: pd.DataFrame) -> Figure:
     ax.set(xscale="log", xlabel="latency of a query (ms): encoding and search", ylabel="macro nDCG@10, zero-shot")
     ax.margins(x=0.35, y=0.12)
     return fig
+
+
+def training_curves(table: pd.DataFrame) -> Figure:
+    """Training loss, and nDCG@10 on the development collection, against the step; step 0 is before training.
+
+    ``table`` is that of :func:`diffret_lib.finetuning.learning_curves`.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4))
+    for ax, column in zip(axes, ("loss", "dev_ndcg"), strict=True):
+        for marker, (system, rows) in zip("osD^vP", table.groupby("system", sort=False)):
+            rows = rows[rows[column].notna()]
+            every = max(1, len(rows) // 12)
+            ax.plot(rows["step"], rows[column], marker=marker, markevery=every, markersize=5, linewidth=1.2, label=system)
+    axes[0].set(xlabel="step", ylabel="training loss (nats per query)")
+    axes[1].set(xlabel="step", ylabel="nDCG@10, development collection")
+    axes[1].legend(fontsize=8)
+    return fig

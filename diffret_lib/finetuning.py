@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -237,9 +238,9 @@ def systems(study: Study, selected: Pair) -> list[System]:
     out = []
     for name in SYSTEMS:
         retriever = finetuned_retriever(study, name, finetune(study, name, selected).adapter, selected)
-        counts = {"DiffRetriever": _kind(name, selected)[1], "PromptReps": dict.fromkeys(
-            ("k_query", "k_passage"), 1 + _kind(name, selected)[1].get("max_new_tokens", 0)
-        )}.get(retriever.name, {})  # fmt: skip
+        counts = _kind(name, selected)[1]
+        if "max_new_tokens" in counts:
+            counts = dict.fromkeys(("k_query", "k_passage"), 1 + counts["max_new_tokens"])
         out.append(System(name, retriever.family, retriever, **counts, training="fine-tuned"))
     return out
 
@@ -335,7 +336,9 @@ def new_adapter(backbone: LoadedBackbone, recipe: Recipe) -> PeftModel:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(copy.deepcopy(backbone.model).float(), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+        model = get_peft_model(copy.deepcopy(backbone.model).float(), config)
     model.peft_config["default"].base_model_name_or_path = backbone.spec.name
     return model
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests.tiny import tiny_backbone
 from transformers import TrainerCallback
 
+from diffret_lib import figures
 from diffret_lib import study as study_module
 from diffret_lib.backbones import with_adapter
 from diffret_lib.collection import Collection, load_collection
@@ -195,3 +196,30 @@ def test_recipe_is_on_record(root):
     about = json.loads((finetune(study, "RepLLaMA", PAIR).adapter.parent / "recipe.json").read_text())
     assert (about["recipe"]["rank"], about["recipe"]["alpha"], about["recipe"]["temperature"]) == (16, 64, 0.01)
     assert about["recipe"]["steps"] == 5 and about["trainable_parameters"] > 0
+
+
+class Interrupt(TrainerCallback):
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        raise KeyboardInterrupt
+
+
+def test_stops_early_and_stays_stopped(root, tmp_path, monkeypatch):
+    """Two measurements without a gain end the training, also where the process ends before the result is written."""
+    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path))
+    study = make_study(root)
+    training = study.profile.training.model_copy(update={"learning_rate": 1e-12, "evaluate_every": 1, "patience": 2})
+    study.profile = study.profile.model_copy(update={"training": training})
+    with pytest.raises(KeyboardInterrupt):
+        finetune(study, "RepLLaMA", PAIR, callbacks=[Interrupt()], progress=False)
+    result = finetune(study, "RepLLaMA", PAIR, callbacks=[Interrupt()], progress=False)  # does not train on
+    assert [r["step"] for r in result.curve] == [0, 1, 2, 3]
+    assert [r["step"] for r in result.curve if r.get("kept")] == [1]
+    assert len({r["dev_ndcg"] for r in result.curve}) == 1
+
+
+def test_figure_of_the_curves(root):
+    results = [finetune(make_study(root), name, PAIR, progress=False) for name in ("DiffEmbed", "RepLLaMA")]
+    loss, dev = figures.training_curves(learning_curves(results)).axes
+    assert [line.get_label() for line in dev.lines] == ["DiffEmbed", "RepLLaMA"]
+    assert list(loss.lines[0].get_xdata()) == [1, 2, 3, 4, 5] and list(dev.lines[0].get_xdata()) == [0, 2, 4, 5]
+    assert list(dev.lines[1].get_ydata()) == [r["dev_ndcg"] for r in results[1].curve if "dev_ndcg" in r]

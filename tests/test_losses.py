@@ -88,12 +88,12 @@ def test_cached_and_uncached_are_the_formula(folder, system):
     for size in (1000, 2):  # at once; two texts at a time, gradients cached
         loss = JointInfoNCE(model, temperature=0.1, mini_batch_size=size)
         value = loss(features(reader))
-        assert float(value) == pytest.approx(float(expected), abs=1e-5)
+        assert value.item() == pytest.approx(expected.item(), abs=1e-5)
         found = gradients(reader, value)
         for name, gradient in wanted.items():
             torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3)
         assert set(loss.parts) == ({"dense", "sparse"} if reader.has_sparse else {"dense"})
-        assert float(sum(loss.parts.values())) == pytest.approx(float(expected), abs=1e-5)
+        assert float(sum(loss.parts.values())) == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_dense_scores_are_what_is_searched_by():

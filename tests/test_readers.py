@@ -15,7 +15,7 @@ from tests.tiny import tiny_backbone, tiny_folder, tiny_model, tiny_tokenizer
 from transformers import LlamaForCausalLM
 
 from diffret_lib.backbones import LoadedBackbone
-from diffret_lib.readers import MaskedPositions, MeanOfTokens, NextTokens, Reader
+from diffret_lib.readers import LastToken, MaskedPositions, MeanOfTokens, NextTokens, Reader
 
 TEXTS = [
     "Return a sorted copy of an array along the given axis.",
@@ -243,6 +243,18 @@ def test_mean_of_tokens_as_plainly_computed(request, folders, family):
         assert sparse is None
 
 
+@pytest.mark.parametrize("task", ["query", "document"])
+def test_last_token_as_plainly_computed(autoregressive, folders, task):
+    reader = LastToken(autoregressive.model, autoregressive.tokenizer, max_query_tokens=7, max_passage_tokens=9).eval()
+    tokenizer, side, limit = autoregressive.tokenizer, *{"query": ("query", 7), "document": ("passage", 9)}[task]
+    for text, (vectors, sparse) in zip(TEXTS, read(reader, TEXTS, task), strict=True):
+        ids = tokenizer.encode(f"{side}: {text}", add_special_tokens=False, split_special_tokens=True)
+        prefix = len(tokenizer.encode(f"{side}:", add_special_tokens=False))
+        hidden, _ = full_forward(folders["autoregressive"], [*ids[: prefix + limit], tokenizer.eos_token_id], see_all=False)
+        close(vectors, hidden[-1:] / hidden[-1].norm())
+        assert sparse is None
+
+
 # -- the sparse side -------------------------------------------------------------------------------------------
 
 
@@ -345,6 +357,7 @@ def readers(diffusion, autoregressive) -> dict[str, Reader]:
         "next, multi": NextTokens(autoregressive.model, autoregressive.tokenizer, max_new_tokens=6).eval(),
         "mean, diffusion": MeanOfTokens(diffusion.model, diffusion.tokenizer).eval(),
         "mean, autoregressive": MeanOfTokens(autoregressive.model, autoregressive.tokenizer).eval(),
+        "last": LastToken(autoregressive.model, autoregressive.tokenizer).eval(),
     }
 
 
@@ -353,7 +366,7 @@ def readers(diffusion, autoregressive) -> dict[str, Reader]:
     "name",
     [
         "masked, 1", "masked, 8", "masked, unshifted", "next, single", "next, multi",
-        "mean, diffusion", "mean, autoregressive",
+        "mean, diffusion", "mean, autoregressive", "last",
     ],
 )  # fmt: skip
 def test_padding_and_batching_change_nothing(diffusion, autoregressive, name, task):
@@ -461,6 +474,32 @@ def test_sequences_that_ended_leave_the_batch(autoregressive, monkeypatch):
     counts = [len(vectors) for vectors, _ in read(reader, TEXTS, "document")]
     assert rows == [sum(c > j for c in counts) for j in range(1, max(counts))]
     assert min(rows) < len(TEXTS)
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+@pytest.mark.parametrize("task", ["query", "document"])
+def test_one_pass_with_gradients_reads_what_decoding_reads(autoregressive, monkeypatch, n, task):
+    reader = NextTokens(autoregressive.model, autoregressive.tokenizer, max_new_tokens=n).eval()
+    features = reader.preprocess(TEXTS, task=task)
+    with torch.no_grad():
+        decoded = reader(features)
+    passes = []
+    original = NextTokens.body
+
+    def body(self, input_ids, mask, past=None, **kwargs):
+        if torch.is_grad_enabled():
+            passes.append(past)
+        return original(self, input_ids, mask, past, **kwargs)
+
+    monkeypatch.setattr(NextTokens, "body", body)
+    taught = reader.train()(features)
+    reader.eval()
+    assert passes == [None]  # no key-value cache where there are gradients
+    assert torch.equal(decoded["attention_mask"], taught["attention_mask"])
+    torch.testing.assert_close(taught["token_embeddings"], decoded["token_embeddings"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(taught["sentence_embedding"], decoded["sentence_embedding"], atol=1e-4, rtol=0)
+    lengths = decoded["attention_mask"].sum(1)
+    assert (n, task) != (5, "document") or len(lengths.unique()) > 1  # some decode less than others
 
 
 def test_gradients_reach_the_model(folders):

@@ -15,7 +15,7 @@ from tests.tiny import tiny_backbone
 from diffret_lib import retrievers
 from diffret_lib.backbones import LoadedBackbone
 from diffret_lib.representations import Representations
-from diffret_lib.retrievers import BM25, DiffEmbed, DiffRetriever, MeanPooledAR, PromptReps, Retriever
+from diffret_lib.retrievers import BM25, DiffEmbed, DiffRetriever, MeanPooledAR, PromptReps, RepLLaMA, Retriever
 
 TEXTS = [
     "A heap is a binary tree for which every parent has a value less than or equal to its children.",
@@ -44,6 +44,7 @@ SYSTEMS = {
     "PromptReps multi": lambda d, a, **o: PromptReps(a, max_new_tokens=3, **o),
     "DiffEmbed": lambda d, a, **o: DiffEmbed(d, **o),
     "MeanPooledAR": lambda d, a, **o: MeanPooledAR(a, **o),
+    "RepLLaMA": lambda d, a, **o: RepLLaMA(a, **o),
     "BM25": lambda d, a, **o: BM25(),
 }
 
