@@ -22,8 +22,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffret_lib import scoring
+from diffret_lib.cache import fingerprint, remembered
 from diffret_lib.prompts import Task, encode_plain
 from diffret_lib.readers import NextTokens, Reader
+from diffret_lib.reporting import hardware, versions
 from diffret_lib.representations import Representations
 from diffret_lib.retrievers import DiffEmbed, DiffRetriever, MeanPooledAR, PromptReps
 from diffret_lib.study import METRIC, SELECTION_MODE, Study, macro
@@ -33,6 +35,22 @@ MEMORY_SHARE = 0.25
 #: Passages of the index in the figure of effectiveness against latency, at most (the paper's 100K).
 INDEXED_PASSAGES = 100_000
 FORCED, ANSWERED = "forced", "as answered"
+
+
+def measured(study: Study, measure: Callable[..., pd.DataFrame], *arguments: Any) -> pd.DataFrame:
+    """``measure(study, *arguments)``, kept in the cache for this machine, these versions, backbones and settings.
+
+    Latencies are the one result that a second run does not give again to the digit; so that a cached run of the
+    notebooks takes no longer for it, it shows what was measured on the same machine before.
+    """
+    p, machine = study.profile, hardware()
+    backbones = [study.backbone(family).fingerprint for family in ("diffusion", "autoregressive")]
+    key = fingerprint(
+        measure.__name__, list(arguments), p.efficiency.model_dump(), p.seed, backbones, versions(),
+        {name: machine[name] for name in ("cpu", "cores_usable", "gpu", "system")},
+        [c.fingerprint for c in study.test_collections[:1]],
+    )  # fmt: skip
+    return pd.DataFrame(remembered("latency", key, lambda: measure(study, *arguments).to_dict("list")))
 
 
 # -- timing ------------------------------------------------------------------------------------------------
@@ -135,7 +153,7 @@ def _read(reader: Reader, texts: list[str], task: Task, device: torch.device) ->
     return reader({k: v.to(device) if torch.is_tensor(v) else v for k, v in features.items()})
 
 
-def encoding_latency(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
+def encoding_latency(study: Study) -> pd.DataFrame:
     """Latency of encoding, tokenisation included: against the number of vectors, the text's length and the batch.
 
     All numbers of vectors are timed for a query of the shortest and a passage of the second length, one text at a
@@ -143,13 +161,10 @@ def encoding_latency(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     Returns
     -------
-    latency : DataFrame
-        Columns curve ("vectors", "length", "batch"), system, family, side, vectors, decoding, text_tokens, batch_size, q1_ms,
-        median_ms, q3_ms, ratio, ratio_q1, ratio_q3 and relative_to: within each round, to DiffRetriever K = 1 and
-        to PromptReps single, of the same side, length and batch.
-    ratios : DataFrame
-        Those of claim 4, for a query: comparison, ratio (median), ratio_low, ratio_high (quartiles over the
-        rounds), vectors_a, vectors_b, decoding.
+    DataFrame
+        Columns curve ("vectors", "length", "batch"), system, family, side, vectors, decoding, text_tokens,
+        batch_size, q1_ms, median_ms, q3_ms, ratio, ratio_q1, ratio_q3 and relative_to: within each round, to
+        DiffRetriever K = 1 and to PromptReps single, of the same side, length and batch.
     """
     p = study.profile.efficiency
     lengths = sorted(p.text_tokens)
@@ -177,11 +192,19 @@ def encoding_latency(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
                  "q1_ms": q1, "median_ms": median, "q3_ms": q3, "ratio": ratio, "ratio_q1": r1, "ratio_q3": r3,
                  "relative_to": f"DiffRetriever K={min(p.counts)}" if family == "diffusion" else "PromptReps single"}
             )  # fmt: skip
-    table = pd.DataFrame(rows)
-    return table, _claim4(table[(table["curve"] == "vectors") & (table["side"] == "query")], p.counts)
+    return pd.DataFrame(rows)
 
 
-def _claim4(latency: pd.DataFrame, counts: Sequence[int]) -> pd.DataFrame:
+def claim4_ratios(encoding: pd.DataFrame, counts: Sequence[int]) -> pd.DataFrame:
+    """Several vectors of a query against one, out of :func:`encoding_latency`.
+
+    Returns
+    -------
+    DataFrame
+        Columns comparison, ratio (median), ratio_low, ratio_high (quartiles over the rounds), vectors_a, vectors_b
+        and decoding.
+    """
+    latency = encoding[(encoding["curve"] == "vectors") & (encoding["side"] == "query")]
     masks = latency[(latency["system"] == "DiffRetriever") & (latency["vectors"] == max(counts))]
     decoded = latency[(latency["system"] == "PromptReps multi") & latency["vectors"].isin([1 + max(counts), 5])]
     rows = [(f"DiffRetriever K={row.vectors} / K={min(counts)}", row, min(counts)) for row in masks.itertuples()]

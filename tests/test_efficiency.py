@@ -14,10 +14,12 @@ from diffret_lib import efficiency, figures
 from diffret_lib.efficiency import (
     ANSWERED,
     FORCED,
+    claim4_ratios,
     effectiveness_latency,
     encoding_latency,
     interleaved,
     long_texts,
+    measured,
     search_latency,
 )
 from diffret_lib.prompts import encode_plain
@@ -72,7 +74,7 @@ def test_texts_are_long_enough(study):
 
 
 def test_encoding_latency(encoded):
-    table, ratios = encoded
+    table, ratios = encoded, claim4_ratios(encoded, [1, 4])
     assert not table.drop(columns="decoding").isna().any().any()
     assert (table["q1_ms"] <= table["median_ms"]).all() and (table["median_ms"] <= table["q3_ms"]).all()
     curve = table[(table["curve"] == "vectors") & (table["side"] == "query")]
@@ -101,7 +103,8 @@ def test_ratios_are_taken_within_rounds(study, monkeypatch):
         return {name: [c / 1000, 3 * c / 1000] for name, c in cost.items()}
 
     monkeypatch.setattr(efficiency, "_timed", timed)
-    table, ratios = encoding_latency(study)
+    table = encoding_latency(study)
+    ratios = claim4_ratios(table, [1, 4])
     assert np.allclose(table["ratio"], table["vectors"]) and np.allclose(table["ratio_q1"], table["ratio_q3"])
     assert np.allclose(table["median_ms"], 20 * table["vectors"])
     assert ratios["ratio"].tolist() == pytest.approx([4, 5, 5])
@@ -116,6 +119,23 @@ def test_search_latency_and_what_does_not_fit(searched):
     assert len(left_out) == 4 and left_out["median_ms"].isna().all() and left_out["note"].str.contains("128.0 GB of vectors").all()
 
 
+def test_measured_once_on_a_machine(study, monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path))
+    calls = []
+
+    def measure(study, pair):
+        calls.append(pair)
+        return pd.DataFrame({"ms": [0.1 + 0.2], "note": [""], "pair": [str(pair)]})
+
+    first = measured(study, measure, (2, 4))
+    pd.testing.assert_frame_equal(measured(study, measure, (2, 4)), first)
+    assert first["ms"][0] == 0.1 + 0.2 and calls == [(2, 4)]
+    measured(study, measure, (2, 2))
+    monkeypatch.setattr(efficiency, "hardware", lambda: dict.fromkeys(("cpu", "cores_usable", "gpu", "system"), "other"))
+    measured(study, measure, (2, 4))
+    assert calls == [(2, 4), (2, 2), (2, 4)]
+
+
 def test_memory_decides(study, monkeypatch):
     monkeypatch.setattr(efficiency.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(100 * 32 * 4 * 3))
     assert search_latency(study, (2, 4))["note"].str.startswith("left out").all()
@@ -128,9 +148,9 @@ def test_effectiveness_beside_latency(encoded, searched):
         [{"system": s, "mode": m, "collection": c, "metric": "ndcg@10", "value": v + d}
          for s, m, v in cells for c, d in (("one", 0.1), ("two", -0.1), ("left out", 9.0))]
     )  # fmt: skip
-    table = effectiveness_latency(*[encoded[0], searched], frame, (2, 4), ["one", "two"], 4).set_index("system")
+    table = effectiveness_latency(*[encoded, searched], frame, (2, 4), ["one", "two"], 4).set_index("system")
     assert table["ndcg"].to_dict() == pytest.approx({s: v for s, _, v in cells})
-    curve = encoded[0][(encoded[0]["curve"] == "vectors") & (encoded[0]["side"] == "query")]
+    curve = encoded[(encoded["curve"] == "vectors") & (encoded["side"] == "query")]
     # Kq = 2 was not timed: the next larger count was
     multi = curve[(curve["system"] == "DiffRetriever") & (curve["vectors"] == 4)]["median_ms"].item()
     assert table["encoding_ms"]["DiffRetriever multi"] == multi
@@ -138,7 +158,7 @@ def test_effectiveness_beside_latency(encoded, searched):
     assert table["search_ms"]["DiffRetriever multi"] == pytest.approx(search["MaxSim", 100] + search["sparse", 100])
     assert table["search_ms"]["DiffEmbed"] == search["dense, single (faiss)", 100]
     assert np.allclose(table["latency_ms"], table["encoding_ms"] + table["search_ms"])
-    for fig in (figures.latency_vectors(encoded[0]), figures.latency_search(searched), figures.effectiveness_latency(table.reset_index())):
+    for fig in (figures.latency_vectors(encoded), figures.latency_search(searched), figures.effectiveness_latency(table.reset_index())):
         assert all(ax.get_xlabel() and "ms" in ax.get_xlabel() + ax.get_ylabel() for ax in fig.axes)
         fig.canvas.draw()
         plt.close(fig)

@@ -101,7 +101,7 @@ def test_modes_by_family(diffusion, autoregressive):
     both = ("dense", "sparse", "hybrid")
     assert modes == {
         "DiffRetriever, 1": both, "DiffRetriever, 2 and 4": both, "PromptReps single": both, "PromptReps multi": both,
-        "DiffEmbed": ("dense",), "MeanPooledAR": ("dense",), "BM25": ("sparse",),
+        "DiffEmbed": ("dense",), "MeanPooledAR": ("dense",), "RepLLaMA": ("dense",), "BM25": ("sparse",),
     }  # fmt: skip
 
 
