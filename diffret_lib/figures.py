@@ -289,7 +289,8 @@ def training_curves(table: pd.DataFrame) -> Figure:
         for marker, (system, rows) in zip("osD^vP", table.groupby("system", sort=False)):
             rows = rows[rows[column].notna()]
             every = max(1, len(rows) // 12)
-            ax.plot(rows["step"], rows[column], marker=marker, markevery=every, markersize=5, linewidth=1.2, label=system)
+            style = {"marker": marker, "markevery": every, "markersize": 5, "linewidth": 1.2}
+            ax.plot(rows["step"], rows[column], label=system, **style)
     axes[0].set(xlabel="step", ylabel="training loss (nats per query)")
     axes[1].set(xlabel="step", ylabel="nDCG@10, development collection")
     axes[1].legend(fontsize=8)

@@ -393,7 +393,9 @@ class AdapterTrainer(MultiVectorEncoderTrainer):
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """No card is written, so none is prepared (it would tokenise the training data)."""
 
-    def get_batch_sampler(self, dataset: Dataset, batch_size: int, drop_last: bool, **kwargs: Any) -> DefaultBatchSampler:
+    def get_batch_sampler(
+        self, dataset: Dataset, batch_size: int, drop_last: bool, **kwargs: Any
+    ) -> DefaultBatchSampler:
         """Rows are in the order of the steps already."""
         return DefaultBatchSampler(SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last)
 
@@ -433,8 +435,9 @@ class _Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"training {self.name}", unit="step")
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any) -> None:
-        shown = {name: f"{logs[k]:.3f}" for k, name in (("loss", "loss"), (f"eval_{METRIC}", "dev")) if k in (logs or {})}
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
+        names = {"loss": "loss", f"eval_{METRIC}": "dev"}
+        shown = {name: f"{logs[key]:.3f}" for key, name in names.items() if key in logs}
         if shown:
             self.bar.set_postfix(shown, refresh=False)
 
@@ -491,15 +494,14 @@ def _trainer(
     )
     order = step_order(len(data.rows), recipe.steps * recipe.batch_size, recipe.seed)
     rows = data.rows.add_column("label", list(range(len(data.rows)))).select(order)
+    own = [EarlyStoppingCallback(recipe.patience), _Checkpoints(), *([_Progress(name)] if progress else [])]
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         loss=loss,
         evaluator=measurement,
-        callbacks=[
-            EarlyStoppingCallback(recipe.patience), _Checkpoints(), *([_Progress(name)] if progress else []), *callbacks,
-        ],  # fmt: skip
+        callbacks=[*own, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -250,7 +250,8 @@ def test_last_token_as_plainly_computed(autoregressive, folders, task):
     for text, (vectors, sparse) in zip(TEXTS, read(reader, TEXTS, task), strict=True):
         ids = tokenizer.encode(f"{side}: {text}", add_special_tokens=False, split_special_tokens=True)
         prefix = len(tokenizer.encode(f"{side}:", add_special_tokens=False))
-        hidden, _ = full_forward(folders["autoregressive"], [*ids[: prefix + limit], tokenizer.eos_token_id], see_all=False)
+        whole = [*ids[: prefix + limit], tokenizer.eos_token_id]
+        hidden, _ = full_forward(folders["autoregressive"], whole, see_all=False)
         close(vectors, hidden[-1:] / hidden[-1].norm())
         assert sparse is None
 
