@@ -18,6 +18,7 @@ import pandas as pd
 import psutil
 import scipy.sparse as sp
 import torch
+from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,9 +26,9 @@ from diffret_lib import scoring
 from diffret_lib.cache import fingerprint, remembered
 from diffret_lib.prompts import Task, encode_plain
 from diffret_lib.readers import NextTokens, Reader
-from diffret_lib.reporting import hardware, versions
+from diffret_lib.reporting import Results, hardware, versions
 from diffret_lib.representations import Representations
-from diffret_lib.retrievers import DiffEmbed, DiffRetriever, MeanPooledAR, PromptReps
+from diffret_lib.retrievers import DiffEmbed, DiffRetriever, MeanPooledAR, PromptReps, RepLLaMA
 from diffret_lib.study import METRIC, SELECTION_MODE, Study, macro
 
 #: An index is not made when it would take a larger part of the memory that is free.
@@ -35,6 +36,10 @@ MEMORY_SHARE = 0.25
 #: Passages of the index in the figure of effectiveness against latency, at most (the paper's 100K).
 INDEXED_PASSAGES = 100_000
 FORCED, ANSWERED = "forced", "as answered"
+#: Fewest rounds behind the ratios of claim 4: with fewer than six a median has no 95 % interval.
+LEAST_ROUNDS = 7
+#: Part of the address of what was measured: raise it when something else is measured under the same settings.
+MEASURING_VERSION = 2
 
 
 def measured(study: Study, measure: Callable[..., pd.DataFrame], *arguments: Any) -> pd.DataFrame:
@@ -46,7 +51,8 @@ def measured(study: Study, measure: Callable[..., pd.DataFrame], *arguments: Any
     p, machine = study.profile, hardware()
     backbones = [study.backbone(family).fingerprint for family in ("diffusion", "autoregressive")]
     key = fingerprint(
-        measure.__name__, list(arguments), p.efficiency.model_dump(), p.seed, backbones, versions(),
+        MEASURING_VERSION, torch.get_num_threads(), measure.__name__, list(arguments), p.efficiency.model_dump(),
+        p.seed, backbones, versions(),
         {name: machine[name] for name in ("cpu", "cores_usable", "gpu", "system")},
         [c.fingerprint for c in study.test_collections[:1]],
     )  # fmt: skip
@@ -88,6 +94,12 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """First quartile, median, third quartile."""
     q1, median, q3 = np.quantile(np.asarray(values, float), [0.25, 0.5, 0.75])
     return float(q1), float(median), float(q3)
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the median from order statistics, whatever the distribution; nan for fewer than six values."""
+    low, high = stats.quantile_test(np.asarray(values, float), p=0.5).confidence_interval(0.95)
+    return float(low), float(high)
 
 
 def _timed(
@@ -145,6 +157,7 @@ def _systems(study: Study, counts: Sequence[int], tokens: int, whole: bool) -> d
     if whole:
         out["DiffEmbed", "diffusion", 1, ""] = DiffEmbed(diffusion, **limits)
         out["Mean pooling", "autoregressive", 1, ""] = MeanPooledAR(parent, **limits)
+        out["RepLLaMA", "autoregressive", 1, ""] = RepLLaMA(parent, **limits)
     return out
 
 
@@ -163,8 +176,10 @@ def encoding_latency(study: Study) -> pd.DataFrame:
     -------
     DataFrame
         Columns curve ("vectors", "length", "batch"), system, family, side, vectors, decoding, text_tokens,
-        batch_size, q1_ms, median_ms, q3_ms, ratio, ratio_q1, ratio_q3 and relative_to: within each round, to
-        DiffRetriever K = 1 and to PromptReps single, of the same side, length and batch.
+        batch_size, q1_ms, median_ms, q3_ms, ratio (median), ratio_q1, ratio_q3, ratio_low, ratio_high (95 % interval
+        of the median, nan for fewer than six rounds) and relative_to: within each round, to DiffRetriever K = 1 and
+        to PromptReps single, of the same side, length and batch.  The curve of a query against the number of vectors
+        has at least :data:`LEAST_ROUNDS` rounds.
     """
     p = study.profile.efficiency
     lengths = sorted(p.text_tokens)
@@ -177,7 +192,8 @@ def encoding_latency(study: Study) -> pd.DataFrame:
         systems = _systems(study, p.counts, tokens, curve == "vectors")
         texts = long_texts(study, tokens, batch)
         calls = {name: partial(_read, r.reader, texts, side, device) for name, r in systems.items()}
-        times = _timed(calls, p.repeats, device)
+        rounds = max(p.repeats, LEAST_ROUNDS) if (curve, side) == ("vectors", "query") else p.repeats
+        times = _timed(calls, rounds, device)
         for name, values in times.items():
             system, family, vectors, decoding = name
             own = (
@@ -185,11 +201,14 @@ def encoding_latency(study: Study) -> pd.DataFrame:
                 else ("PromptReps single", "autoregressive", 1, "")
             )  # fmt: skip
             q1, median, q3 = quartiles(np.array(values) * 1000)
-            r1, ratio, r3 = quartiles(np.array(values) / np.array(times[own]))
+            ratios = np.array(values) / np.array(times[own])
+            r1, ratio, r3 = quartiles(ratios)
+            low, high = median_interval(ratios)
             rows.append(
                 {"curve": curve, "system": system, "family": family, "side": "query" if side == "query" else "passage",
                  "vectors": vectors, "decoding": decoding, "text_tokens": tokens, "batch_size": batch,
                  "q1_ms": q1, "median_ms": median, "q3_ms": q3, "ratio": ratio, "ratio_q1": r1, "ratio_q3": r3,
+                 "ratio_low": low, "ratio_high": high,
                  "relative_to": f"DiffRetriever K={min(p.counts)}" if family == "diffusion" else "PromptReps single"}
             )  # fmt: skip
     return pd.DataFrame(rows)
@@ -201,8 +220,8 @@ def claim4_ratios(encoding: pd.DataFrame, counts: Sequence[int]) -> pd.DataFrame
     Returns
     -------
     DataFrame
-        Columns comparison, ratio (median), ratio_low, ratio_high (quartiles over the rounds), vectors_a, vectors_b
-        and decoding.
+        Columns comparison, ratio (median), ratio_low, ratio_high (its 95 % interval over the rounds), vectors_a,
+        vectors_b and decoding.
     """
     latency = encoding[(encoding["curve"] == "vectors") & (encoding["side"] == "query")]
     masks = latency[(latency["system"] == "DiffRetriever") & (latency["vectors"] == max(counts))]
@@ -214,7 +233,7 @@ def claim4_ratios(encoding: pd.DataFrame, counts: Sequence[int]) -> pd.DataFrame
     ]
     return pd.DataFrame(
         [
-            {"comparison": name, "ratio": row.ratio, "ratio_low": row.ratio_q1, "ratio_high": row.ratio_q3,
+            {"comparison": name, "ratio": row.ratio, "ratio_low": row.ratio_low, "ratio_high": row.ratio_high,
              "vectors_a": row.vectors, "vectors_b": other, "decoding": row.decoding}
             for name, row, other in rows
         ]
@@ -224,47 +243,74 @@ def claim4_ratios(encoding: pd.DataFrame, counts: Sequence[int]) -> pd.DataFrame
 # -- search ------------------------------------------------------------------------------------------------
 
 
-def search_latency(study: Study, selected: tuple[int, int]) -> pd.DataFrame:
+#: An index: its kind, passages, and the vectors of a query and of a passage.
+Index = tuple[str, int, int, int]
+SINGLE, SINGLE_FAISS, MAXSIM, SPARSE = "dense, single", "dense, single (faiss)", "MaxSim", "sparse"
+
+
+def search_latency(study: Study, selected: tuple[int, int], others: Sequence[tuple[int, int]] = ()) -> pd.DataFrame:
     """Latency of an exact search for one query, top 100, against the number of vectors in the index.
 
     Dense vectors are random (the time does not depend on them); sparse rows are drawn from those of the first
-    test collection.  A passage has one vector, or Kp of the selected pair.
+    test collection.  A passage has one vector, or Kp of the selected pair.  At last all kinds search the same number
+    of passages, as many as the largest MaxSim index has, and the pairs ``others`` with them.
 
     Returns
     -------
     DataFrame
-        Columns index, vectors, passages, k_query, k_passage, q1_ms, median_ms, q3_ms and note: why a size was
+        Columns index, vectors, passages, k_query, k_passage, q1_ms, median_ms, q3_ms and note: why an index was
         left out.
     """
-    rows, rng = [], np.random.default_rng(study.profile.seed)
-    kq, kp = selected
-    hidden = study.backbone("diffusion").model.config.hidden_size
-    known = study.encode(study.diffretriever(1, 1), study.test_collections[0], "document").sparse
-    asked = study.encode(study.diffretriever(1, 1), study.test_collections[0], "query").sparse[:1]
+    rng, collection = np.random.default_rng(study.profile.seed), study.test_collections[0]
+    sides = [study.encode(study.diffretriever(1, 1), collection, task).sparse for task in ("query", "document")]
+    sides[0] = sides[0][:1]
+    rows: list[dict[str, Any]] = []
     for size in sorted(study.profile.efficiency.index_sizes):
-        kinds = dict.fromkeys(("dense, single", "dense, single (faiss)", "MaxSim", "sparse"), (size, 1, 1))
-        kinds["MaxSim"] = (max(1, size // kp), kq, kp)
-        needed, free = 4 * size * hidden, psutil.virtual_memory().available
-        if needed > MEMORY_SHARE * free:
-            note = f"left out: {needed / 1e9:.1f} GB of vectors, {free / 1e9:.1f} GB free"
-            rows += [_index_row(kind, *shape, note=note) for kind, shape in kinds.items()]
-            continue
-        vectors = _normal(rng, size, hidden)
-        queries = _normal(rng, kq, hidden)
-        flat = faiss.IndexFlatIP(hidden)
-        flat.add(vectors)
-        single, passages = _dense(vectors[:, None]), kinds["MaxSim"][0]
-        multi = _dense(vectors[: passages * kp].reshape(passages, -1, hidden))
-        sparse = _sparse(known[rng.integers(0, known.shape[0], size)])
-        calls = {
-            "dense, single": partial(scoring.single_search, _dense(queries[:1, None]), single, 100),
-            "dense, single (faiss)": partial(flat.search, queries[:1], min(100, size)),
-            "MaxSim": partial(scoring.maxsim_search, _dense(queries[None]), multi, 100),
-            "sparse": partial(scoring.sparse_search, _sparse(asked), sparse, 100),
-        }
-        times = _timed(calls, study.profile.efficiency.repeats, torch.device("cpu"))
-        rows += [_index_row(kind, *kinds[kind], times=values) for kind, values in times.items()]
-    return pd.DataFrame(rows)
+        indexes = [(kind, size, 1, 1) for kind in (SINGLE, SINGLE_FAISS, SPARSE)]
+        rows += _search_run(study, [*indexes, (MAXSIM, max(1, size // selected[1]), *selected)], sides, rng)
+    largest = [r["passages"] for r in rows if r["index"] == MAXSIM and not r["note"]]
+    if not largest:
+        return pd.DataFrame(rows)
+    passages = min(max(largest), INDEXED_PASSAGES)
+    indexes = [(kind, passages, 1, 1) for kind in (SINGLE, SINGLE_FAISS, SPARSE)]
+    indexes += [(MAXSIM, passages, *pair) for pair in dict.fromkeys((tuple(selected), *map(tuple, others)))]
+    again = _search_run(study, indexes, sides, rng)
+    own = ["index", "passages", "k_query", "k_passage"]
+    return pd.DataFrame(rows + again).drop_duplicates(own, keep="last", ignore_index=True)
+
+
+def _search_run(
+    study: Study, indexes: Sequence[Index], sides: Sequence[sp.csr_matrix], rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """A row for each index, all timed in turn, but for those that would take too much memory."""
+    hidden, free = study.backbone("diffusion").model.config.hidden_size, psutil.virtual_memory().available
+    asked, known = sides
+    needed = {
+        i: i[1] * (8 * known.nnz / known.shape[0] if i[0] == SPARSE else 4 * i[3] * hidden) for i in indexes
+    }
+    fitting = [i for i in indexes if needed[i] <= MEMORY_SHARE * free]
+    vectors = _normal(rng, max([n * kp for kind, n, _, kp in fitting if kind != SPARSE], default=0), hidden)
+    queries = _normal(rng, max(i[2] for i in indexes), hidden)
+    calls: dict[Index, Callable[[], object]] = {}
+    for index in fitting:
+        kind, n, kq, kp = index
+        if kind == SPARSE:
+            passages = _sparse(known[rng.integers(0, known.shape[0], n)])
+            calls[index] = partial(scoring.sparse_search, _sparse(asked), passages, 100)
+        elif kind == SINGLE_FAISS:
+            flat = faiss.IndexFlatIP(hidden)
+            flat.add(vectors[:n])
+            calls[index] = partial(flat.search, queries[:1], min(100, n))
+        else:
+            search = scoring.single_search if kind == SINGLE else scoring.maxsim_search
+            passages = _dense(vectors[: n * kp].reshape(n, kp, hidden))
+            calls[index] = partial(search, _dense(queries[None, :kq]), passages, 100)
+    times = _timed(calls, study.profile.efficiency.repeats, torch.device("cpu"))
+    return [
+        _index_row(*i, times=times[i]) if i in times
+        else _index_row(*i, note=f"left out: {needed[i] / 1e9:.1f} GB of vectors, {free / 1e9:.1f} GB free")
+        for i in indexes
+    ]  # fmt: skip
 
 
 def _index_row(
@@ -291,59 +337,87 @@ def _sparse(rows: sp.csr_matrix) -> Representations:
 # -- effectiveness against latency -----------------------------------------------------------------------------
 
 
+def read_effectiveness(results: Results) -> pd.DataFrame:
+    """``evaluation.csv``, as notebook 04 wrote it.
+
+    Raises
+    ------
+    FileNotFoundError
+        When it is not there; the message has the command that makes it.
+    """
+    path = results.tables / "evaluation.csv"
+    if not path.is_file():
+        command = f"python -m diffret_lib.reproduce 04_evaluation --profile {results.profile_name}"
+        raise FileNotFoundError(f"{path} is not there; notebook 04 writes it: {command}")
+    return pd.read_csv(path).astype({"k_query": "Int64", "k_passage": "Int64"})
+
+
+def pairs_of(effectiveness: pd.DataFrame) -> list[tuple[int, int]]:
+    """The pairs (Kq, Kp) of the systems with several vectors a text."""
+    pairs = effectiveness[["k_query", "k_passage"]].dropna().drop_duplicates().astype(int)
+    return [(q, p) for q, p in pairs.itertuples(index=False, name=None) if (q, p) != (1, 1)]
+
+
 def effectiveness_latency(
-    encoding: pd.DataFrame,
-    search: pd.DataFrame,
-    effectiveness: pd.DataFrame,
-    selected: tuple[int, int],
-    out_of_domain: Sequence[str],
-    decoded: int,
+    encoding: pd.DataFrame, search: pd.DataFrame, effectiveness: pd.DataFrame, out_of_domain: Sequence[str]
 ) -> pd.DataFrame:
-    """Zero-shot effectiveness of each system beside its latency: encoding a query, and searching (the paper's Figure 1).
+    """Effectiveness of each system beside its latency: encoding a query, and searching (the paper's Figure 1).
+
+    All systems search the same number of passages, the most at which every kind of index was timed.  A fine-tuned
+    system costs what its backbone costs, the adapter being merged.
 
     Parameters
     ----------
     encoding, search : DataFrame
         Of :func:`encoding_latency` and :func:`search_latency`.
     effectiveness : DataFrame
-        Columns system, mode, collection, metric, value (``zero_shot.csv``).
-    selected : (int, int)
-        The pair of DiffRetriever multi.  Its encoding is that of the least timed count that is not below Kq.
+        Of :func:`read_effectiveness`.
     out_of_domain : sequence of str
         Collections of the macro average.
-    decoded : int
-        Tokens that PromptReps multi decodes, as its answers have it.
 
     Returns
     -------
     DataFrame
-        Columns system, mode, ndcg, encoding_ms, search_ms, latency_ms and indexed_vectors: of the largest index of no
-        more than :data:`INDEXED_PASSAGES` vectors, with MaxSim for several vectors, faiss for one.
+        Columns training, system, mode (hybrid, or dense where there is no hybrid), ndcg, timed_vectors (of the
+        encoding that was timed: the least count that is not below the system's), encoding_ms, search_ms, latency_ms
+        and indexed_passages.  A system whose encoding or index was not timed (BM25) is left out.
     """
     cells = effectiveness[(effectiveness["metric"] == METRIC) & effectiveness["collection"].isin(out_of_domain)]
-    values = macro(cells, ["system", "mode"]).set_index(["system", "mode"])["value"]
+    values = macro(cells, ["training", "system", "mode", "k_query", "k_passage"])
     timed = encoding[(encoding["curve"] == "vectors") & (encoding["side"] == "query")]
-    masks = sorted(timed[timed["system"] == "DiffRetriever"]["vectors"])
-    nearest = min((k for k in masks if k >= selected[0]), default=masks[-1])
-    chosen = {
-        "DiffRetriever single": ("DiffRetriever", masks[0], "", False),
-        "DiffRetriever multi": ("DiffRetriever", nearest, "", True),
-        "PromptReps single": ("PromptReps single", 1, "", False),
-        f"PromptReps multi (N={decoded})": ("PromptReps multi", 1 + decoded, ANSWERED, True),
-        "DiffEmbed": ("DiffEmbed", 1, "", False),
-        "Mean pooling": ("Mean pooling", 1, "", False),
-    }
-    indexes = search[search["median_ms"].notna() & (search["vectors"] <= INDEXED_PASSAGES)]
+    found = search[search["median_ms"].notna() & (search["passages"] <= INDEXED_PASSAGES)]
+    common = set.intersection(*(set(found[found["index"] == k]["passages"]) for k in (SINGLE_FAISS, MAXSIM, SPARSE)))
     rows = []
-    for name, (system, vectors, decoding, several) in chosen.items():
-        found = timed[(timed["system"] == system) & (timed["vectors"] == vectors) & (timed["decoding"] == decoding)]
-        mode = SELECTION_MODE if (name, SELECTION_MODE) in values else "dense"
-        if found.empty or (name, mode) not in values:
+    for (training, system), group in values.groupby(["training", "system"], sort=False):
+        mode = SELECTION_MODE if SELECTION_MODE in set(group["mode"]) else "dense"
+        chosen = group[group["mode"] == mode]
+        if chosen.empty or not common:
             continue
-        kinds = ["MaxSim" if several else "dense, single (faiss)", *(["sparse"] if mode == SELECTION_MODE else [])]
-        sizes = [indexes[indexes["index"] == kind].nlargest(1, "vectors") for kind in kinds]
-        row = {"system": name, "mode": mode, "ndcg": values[name, mode], "encoding_ms": found["median_ms"].item()}
-        row["search_ms"] = float(sum(s["median_ms"].item() for s in sizes))
-        row["latency_ms"] = row["encoding_ms"] + row["search_ms"]
-        rows.append(row | {"indexed_vectors": int(sizes[0]["vectors"].item())})
+        row = chosen.iloc[0]
+        kq, kp = (1 if pd.isna(row[c]) else int(row[c]) for c in ("k_query", "k_passage"))
+        read = timed[(timed["system"] == _timed_name(system)) & (timed["decoding"] != FORCED)]
+        read = read[read["vectors"] >= kq]
+        indexes = found[found["passages"] == max(common)]
+        dense = indexes[
+            (indexes["index"] == (SINGLE_FAISS if kq == kp == 1 else MAXSIM))
+            & (indexes["k_query"] == kq) & (indexes["k_passage"] == kp)
+        ]  # fmt: skip
+        if read.empty or dense.empty:
+            continue
+        read = read.nsmallest(1, "vectors").iloc[0]
+        sparse = indexes[indexes["index"] == SPARSE]["median_ms"].item() if mode == SELECTION_MODE else 0.0
+        searching = dense["median_ms"].item() + sparse
+        rows.append(
+            {"training": training, "system": system, "mode": mode, "ndcg": row["value"],
+             "timed_vectors": int(read["vectors"]), "encoding_ms": read["median_ms"], "search_ms": searching,
+             "latency_ms": read["median_ms"] + searching, "indexed_passages": int(max(common))}
+        )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _timed_name(system: str) -> str:
+    """What a system of the tables is called in :func:`encoding_latency`."""
+    for name in ("DiffRetriever", "PromptReps multi"):
+        if system.startswith(name):
+            return name
+    return system

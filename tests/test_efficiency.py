@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tests.test_study import world  # noqa: F401  (a fixture)
-from tests.tiny import tiny_backbone
+from scipy import stats
 
 from diffret_lib import efficiency, figures
 from diffret_lib.efficiency import (
@@ -20,11 +19,17 @@ from diffret_lib.efficiency import (
     interleaved,
     long_texts,
     measured,
+    median_interval,
+    pairs_of,
+    read_effectiveness,
     search_latency,
 )
 from diffret_lib.prompts import encode_plain
+from diffret_lib.reporting import Results
 from diffret_lib.retrievers import PromptReps
 from diffret_lib.study import Study
+from tests.test_study import world  # noqa: F401  (a fixture)
+from tests.tiny import tiny_backbone
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,7 @@ def encoded(study):
 
 @pytest.fixture(scope="module")
 def searched(study):
-    return search_latency(study, (2, 4))
+    return search_latency(study, (2, 4), [(5, 5)])
 
 
 def test_rounds_are_interleaved(monkeypatch):
@@ -58,7 +63,6 @@ def test_forced_decoding_has_every_token(tmp_path):
     backbone = tiny_backbone(tmp_path, "autoregressive")
     free, forced = (PromptReps(backbone, max_new_tokens=6) for _ in range(2))
     forced = efficiency._forced(forced)
-    forced.reader.special_ids = forced.reader.special_ids[:0]
     texts = ["A heap is a binary tree.", "Return a sorted copy.", "eigenvalues"]
     assert (forced.encode_passages(texts, progress=False).lengths == 7).all()
     kept = free.encode_passages(texts, progress=False)
@@ -75,13 +79,13 @@ def test_texts_are_long_enough(study):
 
 def test_encoding_latency(encoded):
     table, ratios = encoded, claim4_ratios(encoded, [1, 4])
-    assert not table.drop(columns="decoding").isna().any().any()
+    assert not table.drop(columns=["decoding", "ratio_low", "ratio_high"]).isna().any().any()
     assert (table["q1_ms"] <= table["median_ms"]).all() and (table["median_ms"] <= table["q3_ms"]).all()
     curve = table[(table["curve"] == "vectors") & (table["side"] == "query")]
     kinds = set(zip(curve["system"], curve["vectors"], curve["decoding"]))
     assert kinds == {
         ("DiffRetriever", 1, ""), ("DiffRetriever", 4, ""), ("PromptReps single", 1, ""), ("DiffEmbed", 1, ""),
-        ("Mean pooling", 1, ""), *(("PromptReps multi", n, d) for n in (2, 5) for d in (FORCED, ANSWERED)),
+        ("Mean pooling", 1, ""), ("RepLLaMA", 1, ""), *(("PromptReps multi", n, d) for n in (2, 5) for d in (FORCED, ANSWERED)),
     }  # fmt: skip
     assert set(table[table["curve"] == "length"]["text_tokens"]) == {8, 16}
     assert set(table[table["curve"] == "batch"]["batch_size"]) == {1, 2}
@@ -93,6 +97,9 @@ def test_encoding_latency(encoded):
     assert ratios[["vectors_a", "vectors_b"]].to_numpy().tolist() == [[4, 1], [5, 1], [5, 1]]
     row = curve[(curve["system"] == "DiffRetriever") & (curve["vectors"] == 4)]
     assert ratios["ratio"][0] == row["ratio"].item()
+    # two rounds have no interval; the query's curve, on which claim 4 rests, has more
+    assert curve["ratio_low"].notna().all() and table.drop(curve.index)["ratio_low"].isna().all()
+    assert (ratios["ratio_low"] <= ratios["ratio"]).all() and (ratios["ratio"] <= ratios["ratio_high"]).all()
 
 
 def test_ratios_are_taken_within_rounds(study, monkeypatch):
@@ -110,13 +117,29 @@ def test_ratios_are_taken_within_rounds(study, monkeypatch):
     assert ratios["ratio"].tolist() == pytest.approx([4, 5, 5])
 
 
+def test_interval_of_a_median():
+    values = np.random.default_rng(0).lognormal(size=20)
+    # the sign test: 95 % of binomial(20, 1/2) lies between the 6th and the 15th value, and no fewer do
+    assert stats.binom.cdf(5, 20, 0.5) < 0.025 < stats.binom.cdf(6, 20, 0.5)
+    assert median_interval(values) == (np.sort(values)[5], np.sort(values)[14])
+    assert np.isnan(median_interval(values[:5])).all()
+    assert median_interval(values[:6]) == (min(values[:6]), max(values[:6]))
+
+
 def test_search_latency_and_what_does_not_fit(searched):
     assert searched[["index", "passages"]].to_numpy().tolist()[:4] == [
-        ["dense, single", 100], ["dense, single (faiss)", 100], ["MaxSim", 25], ["sparse", 100]
+        ["dense, single", 100], ["dense, single (faiss)", 100], ["sparse", 100], ["dense, single", 10**9]
     ]  # fmt: skip
-    assert (searched["vectors"][:4] == 100).all() and searched["median_ms"][:4].notna().all()
+    timed = searched[searched["note"] == ""]
+    assert timed["median_ms"].notna().all() and (timed["vectors"] == timed["passages"] * timed["k_passage"]).all()
+    # every kind searches the passages of the largest MaxSim index, and the other pair does
+    same = timed[timed["passages"] == 25]
+    assert same[["index", "k_query", "k_passage"]].to_numpy().tolist() == [
+        ["dense, single", 1, 1], ["dense, single (faiss)", 1, 1], ["sparse", 1, 1], ["MaxSim", 2, 4], ["MaxSim", 5, 5]
+    ]  # fmt: skip
     left_out = searched[searched["vectors"] == 10**9]
-    assert len(left_out) == 4 and left_out["median_ms"].isna().all() and left_out["note"].str.contains("128.0 GB of vectors").all()
+    assert len(left_out) == 4 and left_out["median_ms"].isna().all()
+    assert (left_out["note"].str.contains("128.0 GB of vectors") == (left_out["index"] != "sparse")).all()
 
 
 def test_measured_once_on_a_machine(study, monkeypatch, tmp_path):
@@ -138,27 +161,58 @@ def test_measured_once_on_a_machine(study, monkeypatch, tmp_path):
 
 def test_memory_decides(study, monkeypatch):
     monkeypatch.setattr(efficiency.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(100 * 32 * 4 * 3))
-    assert search_latency(study, (2, 4))["note"].str.startswith("left out").all()
+    notes = search_latency(study, (2, 4)).query("index != 'sparse'")["note"]
+    assert len(notes) == 6 and notes.str.startswith("left out").all()
+
+
+def evaluation() -> pd.DataFrame:
+    cells = [("zero-shot", "BM25", "sparse", 0.7, None), ("zero-shot", "DiffRetriever single", "hybrid", 0.5, (1, 1)),
+             ("zero-shot", "DiffRetriever multi", "hybrid", 0.6, (2, 4)),
+             ("zero-shot", "DiffEmbed", "dense", 0.2, None),
+             ("zero-shot", "PromptReps single", "hybrid", 0.4, (1, 1)),
+             ("zero-shot", "PromptReps multi (N=4)", "hybrid", 0.3, (5, 5)),
+             ("fine-tuned", "DiffRetriever multi", "hybrid", 0.8, (2, 4)),
+             ("fine-tuned", "RepLLaMA", "dense", 0.5, None)]  # fmt: skip
+    frame = pd.DataFrame(
+        [{"training": t, "system": s, "mode": m, "k_query": k and k[0], "k_passage": k and k[1], "collection": c,
+          "metric": "ndcg@10", "value": v + d}
+         for t, s, m, v, k in cells for c, d in (("one", 0.1), ("two", -0.1), ("left out", 9.0))]
+    )  # fmt: skip
+    return frame.astype({"k_query": "Int64", "k_passage": "Int64"})
 
 
 def test_effectiveness_beside_latency(encoded, searched):
-    cells = [("DiffRetriever single", "hybrid", 0.5), ("DiffRetriever multi", "hybrid", 0.6), ("DiffEmbed", "dense", 0.2),
-             ("PromptReps single", "hybrid", 0.4), ("PromptReps multi (N=4)", "hybrid", 0.3)]  # fmt: skip
-    frame = pd.DataFrame(
-        [{"system": s, "mode": m, "collection": c, "metric": "ndcg@10", "value": v + d}
-         for s, m, v in cells for c, d in (("one", 0.1), ("two", -0.1), ("left out", 9.0))]
-    )  # fmt: skip
-    table = effectiveness_latency(*[encoded, searched], frame, (2, 4), ["one", "two"], 4).set_index("system")
-    assert table["ndcg"].to_dict() == pytest.approx({s: v for s, _, v in cells})
-    curve = encoded[(encoded["curve"] == "vectors") & (encoded["side"] == "query")]
-    # Kq = 2 was not timed: the next larger count was
-    multi = curve[(curve["system"] == "DiffRetriever") & (curve["vectors"] == 4)]["median_ms"].item()
-    assert table["encoding_ms"]["DiffRetriever multi"] == multi
-    search = searched.set_index(["index", "vectors"])["median_ms"]
-    assert table["search_ms"]["DiffRetriever multi"] == pytest.approx(search["MaxSim", 100] + search["sparse", 100])
-    assert table["search_ms"]["DiffEmbed"] == search["dense, single (faiss)", 100]
-    assert np.allclose(table["latency_ms"], table["encoding_ms"] + table["search_ms"])
-    for fig in (figures.latency_vectors(encoded), figures.latency_search(searched), figures.effectiveness_latency(table.reset_index())):
+    assert pairs_of(evaluation()) == [(2, 4), (5, 5)]
+    table = effectiveness_latency(encoded, searched, evaluation(), ["one", "two"]).set_index(["training", "system"])
+    expected = evaluation().query("collection == 'one' and system != 'BM25'").set_index(["training", "system"])
+    assert table["ndcg"].to_dict() == pytest.approx((expected["value"] - 0.1).to_dict())
+    curve = encoded[(encoded["curve"] == "vectors") & (encoded["side"] == "query") & (encoded["decoding"] != FORCED)]
+    encoding = curve.set_index(["system", "vectors"])["median_ms"]
+    search = searched[searched["passages"] == 25].set_index(["index", "k_passage"])["median_ms"]
+    assert (table["indexed_passages"] == 25).all()
+    dense, sparse = search["dense, single (faiss)", 1], search["sparse", 1]
+    for name, read, vectors, searching in [
+        ("DiffRetriever single", "DiffRetriever", 1, dense + sparse),
+        ("DiffRetriever multi", "DiffRetriever", 4, search["MaxSim", 4] + sparse),  # 2 was not timed
+        ("PromptReps multi (N=4)", "PromptReps multi", 5, search["MaxSim", 5] + sparse),
+        ("DiffEmbed", "DiffEmbed", 1, dense),
+    ]:
+        row = table.loc["zero-shot", name]
+        assert row["timed_vectors"] == vectors and row["encoding_ms"] == encoding[read, vectors]
+        assert row["search_ms"] == pytest.approx(searching)
+        assert row["latency_ms"] == pytest.approx(encoding[read, vectors] + searching)
+    own = [table.loc[t, "DiffRetriever multi"]["latency_ms"] for t in ("zero-shot", "fine-tuned")]
+    assert own[0] == own[1]
+    drawn = figures.latency_vectors(encoded), figures.latency_search(searched)
+    for fig in (*drawn, figures.effectiveness_latency(table.reset_index())):
         assert all(ax.get_xlabel() and "ms" in ax.get_xlabel() + ax.get_ylabel() for ax in fig.axes)
         fig.canvas.draw()
         plt.close(fig)
+
+
+def test_missing_evaluation_says_what_to_run(tmp_path):
+    results = Results("made", tmp_path)
+    with pytest.raises(FileNotFoundError, match="reproduce 04_evaluation --profile made"):
+        read_effectiveness(results)
+    results.data(evaluation(), "evaluation")
+    pd.testing.assert_frame_equal(read_effectiveness(results), evaluation())
