@@ -35,6 +35,8 @@ from diffret_lib.training_text import COLLECTION_PACKAGES, HELD_OUT_PACKAGES, he
 
 #: File beside an adapter with the record of the run that made it.
 LOG = "training_log.json"
+#: What the state before the first stage is called.
+UNADAPTED = "parent, attention both ways"
 #: What the stage of the package's adapter is called.
 COMMITTED = "committed adapter"
 #: Counts for which retrieval is compared between stages.
@@ -166,7 +168,7 @@ def write_card(adapter: Path) -> None:
         for r in log["curve"]
         if "held_out" in r
     ]
-    first = {"stage": "parent, attention both ways", "step": 0}
+    first = {"stage": UNADAPTED, "step": 0}
     first |= {f"{float(k):.0%}": v for k, v in log["before"].items()}
     last = {"stage": COMMITTED, "step": held_out[-1]["step"] if held_out else 0}
     last |= {f"{float(k):.0%}": v for k, v in log["after"].items()}
@@ -285,12 +287,12 @@ def publish(work: Path, profile: str = "embedded") -> None:
     after = held_out_losses(adapted.model, rows, backbone.mask_id, adapted.fingerprint)
     collection = study.development
     folders = {s.stage: Path(work) / s.stage / "adapter" for s in STAGES[:-1]}
-    stages = {"parent, attention both ways": "none"}
+    stages = {UNADAPTED: "none"}
     stages |= {name: folder for name, folder in folders.items() if folder.exists()} | {COMMITTED: None}
     measured = stage_retrieval(study, collection, stages)
     # a stage whose adapter is no longer there keeps what was measured when it was
     earlier = logged_retrieval(known, collection, but=list(stages))
-    order = ["", "parent, attention both ways", *folders, COMMITTED]
+    order = ["", UNADAPTED, *folders, COMMITTED]
     retrieval = pd.concat([measured, earlier]).sort_values("stage", key=lambda s: s.map(order.index), kind="stable")
     write_log(
         work, target, retrieval,

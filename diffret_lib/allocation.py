@@ -74,9 +74,7 @@ def mask_features(retriever: DiffRetriever, texts: Sequence[str], batch: int = 1
 def masked_pass(retriever: DiffRetriever, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [n, Kq, H] and logits [n, Kq, V] at the positions that are read for queries."""
     reader: MaskedPositions = retriever.reader
-    features = reader.preprocess(list(texts), task="query")
-    device = retriever.backbone.device
-    hidden = reader.masked({k: v.to(device) if torch.is_tensor(v) else v for k, v in features.items()})
+    hidden = reader.masked(retriever.features(list(texts), "query"))
     return hidden, reader.logits(hidden)
 
 

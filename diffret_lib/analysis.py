@@ -91,10 +91,8 @@ def predicted_tokens(retriever: Retriever, texts: Sequence[str], task: Task = "d
 def _predicted_tokens(retriever: Retriever, texts: Sequence[str], task: Task) -> list[list[str]]:
     reader, rows = retriever.reader, []
     for start in tqdm(range(0, len(texts), 16), desc=f"{retriever.name}: predictions", disable=len(texts) <= 16):
-        features: dict[str, Any] = reader.preprocess(list(texts[start : start + 16]), task=task)
-        features = {k: v.to(retriever.backbone.device) if torch.is_tensor(v) else v for k, v in features.items()}
         with torch.inference_mode():
-            out = reader(features)
+            out = reader(retriever.features(list(texts[start : start + 16]), task))
         for ids, valid in zip(out["predicted_ids"], out["attention_mask"].bool(), strict=True):
             rows.append([reader.tokenizer.decode([i]) for i in ids[valid].tolist()])
     return rows

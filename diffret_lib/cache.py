@@ -76,10 +76,10 @@ def remembered(kind: str, key: str, compute: Callable[[], Any]) -> Any:
     path = cache_dir() / kind / f"{key}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    value = compute()
+    text = json.dumps(compute())
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
+        temporary.write_text(text, encoding="utf-8")
+    return json.loads(text)
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

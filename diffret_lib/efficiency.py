@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 from diffret_lib import scoring
 from diffret_lib.cache import fingerprint, remembered
 from diffret_lib.prompts import Task, encode_plain
-from diffret_lib.readers import NextTokens, Reader
+from diffret_lib.readers import NextTokens
 from diffret_lib.reporting import Results, hardware, versions
 from diffret_lib.representations import Representations
-from diffret_lib.retrievers import DiffEmbed, DiffRetriever, MeanPooledAR, PromptReps, RepLLaMA
+from diffret_lib.retrievers import DiffEmbed, DiffRetriever, MeanPooledAR, PromptReps, RepLLaMA, Retriever
 from diffret_lib.study import METRIC, SELECTION_MODE, Study, macro
 
 #: An index is not made when it would take a larger part of the memory that is free.
@@ -151,9 +151,9 @@ def _systems(study: Study, counts: Sequence[int], tokens: int, whole: bool) -> d
     }
     out["PromptReps single", "autoregressive", 1, ""] = PromptReps(parent, **limits)
     for n in ns:
-        for decoding, change in ((FORCED, _forced), (ANSWERED, lambda retriever: retriever)):
-            retriever = PromptReps(parent, max_new_tokens=n, **limits)
-            out["PromptReps multi", "autoregressive", 1 + n, decoding] = change(retriever)
+        answered, forced = (PromptReps(parent, max_new_tokens=n, **limits) for _ in range(2))
+        out["PromptReps multi", "autoregressive", 1 + n, FORCED] = _forced(forced)
+        out["PromptReps multi", "autoregressive", 1 + n, ANSWERED] = answered
     if whole:
         out["DiffEmbed", "diffusion", 1, ""] = DiffEmbed(diffusion, **limits)
         out["Mean pooling", "autoregressive", 1, ""] = MeanPooledAR(parent, **limits)
@@ -161,9 +161,8 @@ def _systems(study: Study, counts: Sequence[int], tokens: int, whole: bool) -> d
     return out
 
 
-def _read(reader: Reader, texts: list[str], task: Task, device: torch.device) -> dict[str, Any]:
-    features = reader.preprocess(texts, task=task)
-    return reader({k: v.to(device) if torch.is_tensor(v) else v for k, v in features.items()})
+def _read(retriever: Retriever, texts: list[str], task: Task) -> dict[str, Any]:
+    return retriever.reader(retriever.features(texts, task))
 
 
 def encoding_latency(study: Study) -> pd.DataFrame:
@@ -191,7 +190,7 @@ def encoding_latency(study: Study) -> pd.DataFrame:
     for curve, side, tokens, batch in designs:
         systems = _systems(study, p.counts, tokens, curve == "vectors")
         texts = long_texts(study, tokens, batch)
-        calls = {name: partial(_read, r.reader, texts, side, device) for name, r in systems.items()}
+        calls = {name: partial(_read, r, texts, side) for name, r in systems.items()}
         rounds = max(p.repeats, LEAST_ROUNDS) if (curve, side) == ("vectors", "query") else p.repeats
         times = _timed(calls, rounds, device)
         for name, values in times.items():

@@ -311,12 +311,17 @@ def save_run(run: ranx.Run, path: str | os.PathLike[str]) -> None:
     """
     for query, ranked in run.run.items():
         for kind, name in (("query", query), *(("passage", passage) for passage in ranked)):
-            if not name or len(name.split()) != 1 or name != name.strip():
+            if not _is_trec_id(name):
                 raise ValueError(f"the {kind} id {name!r} is empty or has whitespace, which a TREC run cannot hold")
     own = ranx.Run(name=re.sub(r"\s+", "_", (run.name or "").strip()) or "run")
     own.run, own.sorted = run.run, run.sorted
     with atomic_path(path) as temporary:
         own.save(str(temporary), kind="trec")
+
+
+def _is_trec_id(name: str) -> bool:
+    """Whether TREC's formats, whose columns are set apart by whitespace, can hold an id."""
+    return name.split() == [name]
 
 
 def save_qrels(judgements: Mapping[str, Mapping[str, int]], path: str | os.PathLike[str]) -> None:
@@ -331,7 +336,7 @@ def save_qrels(judgements: Mapping[str, Mapping[str, int]], path: str | os.PathL
     for query, judged in judgements.items():
         for passage, relevance in judged.items():
             for name in (query, passage):
-                if len(name.split()) != 1 or name != name.strip():
+                if not _is_trec_id(name):
                     raise ValueError(f"the id {name!r} is empty or has whitespace, which TREC's format cannot hold")
             lines.append(f"{query} 0 {passage} {relevance}\n")
     with atomic_path(path) as temporary:

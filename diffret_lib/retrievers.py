@@ -152,10 +152,8 @@ class Retriever:
         sparse: list[tuple[np.ndarray, np.ndarray]] = [None] * len(unique)
         reader = self.reader
         for batch in self._batches(unique, task):
-            features = reader.preprocess([unique[i] for i in batch], task=task)
-            features = {k: v.to(self.backbone.device) if torch.is_tensor(v) else v for k, v in features.items()}
             with torch.inference_mode():
-                out = reader(features)
+                out = reader(self.features([unique[i] for i in batch], task))
             vectors, valid = out["token_embeddings"].cpu().numpy(), out["attention_mask"].bool().cpu().numpy()
             weights = sp.csr_matrix(out["sentence_embedding"].cpu().numpy()) if reader.has_sparse else None
             for row, i in enumerate(batch):
@@ -176,6 +174,11 @@ class Retriever:
             matrix = sp.csr_matrix((data, ids, indptr), shape=(len(unique), reader.vocab_size))
         take = np.array([place[text] for text in texts])
         return Representations(block[take], lengths[take], None if matrix is None else matrix[take])
+
+    def features(self, texts: list[str], task: Task) -> dict[str, Any]:
+        """What the reader makes of texts before its forward pass, on the backbone's device."""
+        features, device = self.reader.preprocess(texts, task=task), self.backbone.device
+        return {k: v.to(device) if torch.is_tensor(v) else v for k, v in features.items()}
 
     def _vectors(self, task: Task) -> int:
         """Vectors a text has at most."""

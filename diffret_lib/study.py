@@ -167,15 +167,16 @@ class Study:
             Columns query_id, metric, value, collection, coverage, mode, training, system, family, k_query,
             k_passage.
         """
-        frames = []
+        if runs is not None:
+            folder = runs / _slug(collection.name.removeprefix("pydocs/"))
+            save_qrels(collection.qrels, folder / "qrels.txt")
+        frames, qrels = [], collection.ranx_qrels()
         for mode, run in self.runs(system.retriever, collection).items():
-            values = per_query(collection.ranx_qrels(), run, METRICS)
+            values = per_query(qrels, run, METRICS)
             frames.append(_long(values, collection).assign(mode=mode))
             if runs is not None:
-                folder = runs / _slug(collection.name.removeprefix("pydocs/"))
                 run.name = _slug(f"{system.name} {system.training} {mode}")
                 save_run(run, folder / f"{_slug(system.name)}.{system.training}.{mode}.txt")
-                save_qrels(collection.qrels, folder / "qrels.txt")
         frame = pd.concat(frames, ignore_index=True)
         names = {name: getattr(system, name) for name in ("training", "family", "k_query", "k_passage")}
         return frame.assign(system=system.name, **names)
