@@ -15,8 +15,7 @@ endif
 
 # What a notebook's result depends on. Stamps live in build/, which git ignores: a fresh clone has none and runs
 # everything, whatever the times of its files; a second run finds them and does nothing.
-# 03_training takes minutes for each of six systems and is run by name: python -m diffret_lib.reproduce 03_training
-NOTEBOOKS := $(filter-out 03_training,$(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb)))))
+NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
 LIBRARY   := $(shell find diffret_lib -type f ! -name appendix.py \( -name '*.py' -o -name '*.yaml' -o -name '*.json' -o -name '*.safetensors' \))
 EXTRA     := $(if $(COLLECTION),$(wildcard $(COLLECTION)/*.jsonl $(COLLECTION)/qrels/*.tsv))
 STAMPS    := build/$(PROFILE)
@@ -61,7 +60,8 @@ distclean: clean ## clean, and remove .venv
 	@rm -rf .venv
 
 # Which notebook reads what another one found.
-$(STAMPS)/04_evaluation.done: $(STAMPS)/02_mask_count.done
+$(STAMPS)/03_training.done: $(STAMPS)/02_mask_count.done
+$(STAMPS)/04_evaluation.done: $(STAMPS)/03_training.done
 $(STAMPS)/05_per_query_optimal_k.done: $(STAMPS)/04_evaluation.done
 $(STAMPS)/06_efficiency.done: $(STAMPS)/04_evaluation.done
 $(STAMPS)/07_claims.done: $(STAMPS)/05_per_query_optimal_k.done $(STAMPS)/06_efficiency.done

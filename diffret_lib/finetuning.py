@@ -63,6 +63,9 @@ Pair = tuple[int, int]
 class Recipe(Training):
     """Everything that the training of a system depends on, besides its backbone, its reader and the data.
 
+    The learning rate falls linearly to 0.  It does not rise first: an adapter starts as no change at all, and of a
+    few steps none is to be wasted.
+
     Attributes
     ----------
     rank, alpha : int
@@ -71,15 +74,12 @@ class Recipe(Training):
         Of LoRA.
     temperature : float
         Of the dense scores.
-    warmup : float
-        Share of the steps in which the learning rate rises; then it falls linearly to 0.
     """
 
     rank: int = Field(default=16, ge=1)
     alpha: int = Field(default=64, ge=1)
     dropout: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=0.01, gt=0)
-    warmup: float = Field(default=0.1, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     seed: int = 0
 
@@ -471,7 +471,6 @@ def _trainer(
         per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=math.ceil(recipe.warmup * recipe.steps),
         optim="adamw_torch",
         weight_decay=0.0,
         max_grad_norm=recipe.max_grad_norm,

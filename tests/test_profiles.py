@@ -21,31 +21,31 @@ def write(folder: Path, content: dict, name: str = "smoke.yml") -> Path:
 
 
 def test_the_profiles_that_come_with_the_project():
-    assert profile_names() == ["embedded", "embedded-full", "smoke"]
-    embedded, full, smoke = (load_profile(name) for name in profile_names())
+    assert profile_names() == ["embedded", "embedded-full", "embedded-long", "smoke"]
+    embedded, full, long, smoke = (load_profile(name) for name in profile_names())
     out_of_domain = [f"pydocs/{n}" for n in "numpy scipy scikit-learn statsmodels matplotlib networkx".split()]
-    assert embedded.test_collections == full.test_collections == ["pydocs/pandas-test", *out_of_domain]
+    assert embedded.test_collections == long.test_collections == full.test_collections == ["pydocs/pandas-test", *out_of_domain]
     assert smoke.test_collections == ["pydocs/pandas-test", "pydocs/numpy"]
-    assert embedded.k_grid == full.k_grid == list(K_GRID) == [1, 2, 4, 8, 16]
+    assert embedded.k_grid == long.k_grid == full.k_grid == list(K_GRID) == [1, 2, 4, 8, 16]
     assert smoke.k_grid == [1, 4]
     assert (full.sample.queries, full.sample.passages, full.train_sample.passages) == (None, None, None)
     assert full.max_passage_tokens == 256
-    for profile in (embedded, full, smoke):
+    for profile in (embedded, full, long, smoke):
         assert profile.train_collection == "pydocs/pandas-train"
         # the stages of the adaptation are compared where nothing is tested
         assert profile.adaptation.zero_shot.collection not in profile.test_collections
         # training stops early where nothing is tested, nor trained on
         assert profile.training.development.collection not in [profile.train_collection, *profile.test_collections]
-    assert len({p.fingerprint for p in (embedded, full, smoke)}) == 3
+    assert len({p.fingerprint for p in (embedded, full, long, smoke)}) == 4
 
 
-def test_the_full_profile_differs_in_size_alone():
-    embedded, full = load_profile("embedded").model_dump(), load_profile("embedded-full").model_dump()
-    different = {key for key in embedded if embedded[key] != full[key]}
-    assert different == {
-        "name", "description", "sample", "train_sample", "max_passage_tokens", "bootstrap_resamples", "adaptation",
-        "training", "efficiency",
-    }  # fmt: skip
+def test_the_larger_profiles_differ_in_size_alone():
+    embedded = load_profile("embedded").model_dump()
+    larger = {"name", "description", "sample", "train_sample", "bootstrap_resamples", "training"}
+    full = {"max_passage_tokens", "adaptation", "efficiency"}
+    for name, more in {"embedded-full": full, "embedded-long": set()}.items():
+        other = load_profile(name).model_dump()
+        assert {key for key in embedded if embedded[key] != other[key]} == larger | more
 
 
 def test_frozen_and_fingerprint_follows_the_content(tmp_path, content):
