@@ -41,6 +41,8 @@ UNADAPTED = "parent, attention both ways"
 COMMITTED = "committed adapter"
 #: Counts for which retrieval is compared between stages.
 STAGE_COUNTS = (1, 4)
+#: Tokens of a text that are read in it, whatever the profile, so that what the log holds compares.
+STAGE_LIMITS = {"max_query_tokens": 64, "max_passage_tokens": 96}
 
 
 @dataclass(frozen=True)
@@ -237,9 +239,10 @@ def stage_retrieval(study: Study, collection: Collection, adapters: Mapping[str,
             mode: float(np.mean(per_query(qrels, run, (METRIC,))[METRIC])) for mode, run in runs.items()
         }
 
+    limits = study.limits | STAGE_LIMITS
     rows = [
         row("", "BM25", None, BM25()),
-        row("", "PromptReps (parent)", 1, PromptReps(study.backbone("autoregressive"), **study.limits)),
+        row("", "PromptReps (parent)", 1, PromptReps(study.backbone("autoregressive"), **limits)),
     ]
     for stage, adapter in adapters.items():
         backbone = (
@@ -248,7 +251,7 @@ def stage_retrieval(study: Study, collection: Collection, adapters: Mapping[str,
             else load_backbone(study.profile.backbones.diffusion, adapter=adapter, dtype=study.profile.dtype)
         )
         for k in STAGE_COUNTS:
-            retriever = DiffRetriever(backbone, k_query=k, k_passage=k, **study.limits)
+            retriever = DiffRetriever(backbone, k_query=k, k_passage=k, **limits)
             rows.append(row(stage, "DiffRetriever", k, retriever))
         del backbone
     table = pd.DataFrame(rows)
