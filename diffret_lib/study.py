@@ -8,7 +8,7 @@ nothing, and a change of any of these computes anew.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ import pandas as pd
 import ranx
 
 from diffret_lib.backbones import LoadedBackbone, load_backbone
-from diffret_lib.cache import cache_dir, fingerprint
+from diffret_lib.cache import cache_dir, fingerprint, remembered
 from diffret_lib.collection import Collection, load_collection
 from diffret_lib.evaluation import METRICS, per_query, save_qrels, save_run
 from diffret_lib.profiles import Profile
@@ -32,6 +32,8 @@ METRIC = "ndcg@10"
 #: The mode in which the pair of counts is selected.
 SELECTION_MODE = "hybrid"
 MODES = ("dense", "sparse", "hybrid")
+#: Part of the grid's addresses in the cache: raise it when the same encodings would give other values.
+GRID_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class Study:
     # -- the grid --------------------------------------------------------------------------------------
 
     def grid(self, collection: Collection, metrics: Sequence[str] = (METRIC,)) -> pd.DataFrame:
-        """Per-query values of every pair (Kq, Kp) of the grid in every mode.
+        """Per-query values of every pair (Kq, Kp) of the grid in every mode; kept in the cache.
 
         Each count is encoded once for queries and once for passages; a pair only searches.
 
@@ -193,9 +195,17 @@ class Study:
         DataFrame
             Columns collection, coverage, query_id, k_query, k_passage, mode, metric, value.
         """
-        ks = self.profile.k_grid
+        sides = {k: self.diffretriever(k, k) for k in self.profile.k_grid}
+        key = fingerprint(
+            GRID_VERSION, [r.fingerprint(task) for r in sides.values() for task in ("query", "document")],
+            collection.fingerprint, collection.coverage, list(metrics), self.profile.top_k,
+        )  # fmt: skip
+        return pd.DataFrame(remembered("grid", key, lambda: self._grid(collection, sides, metrics).to_dict("list")))
+
+    def _grid(
+        self, collection: Collection, sides: Mapping[int, DiffRetriever], metrics: Sequence[str]
+    ) -> pd.DataFrame:
         qrels = collection.ranx_qrels()
-        sides = {k: self.diffretriever(k, k) for k in ks}
         passages = {k: self.encode(r, collection, "document") for k, r in sides.items()}
         queries = {k: self.encode(r, collection, "query") for k, r in sides.items()}
         frames = []
