@@ -34,6 +34,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from diffret_lib import scoring
 from diffret_lib.analysis import PAIR, per_query_best, transfer
 from diffret_lib.collection import Collection
 from diffret_lib.evaluation import bootstrap_interval, macro_interval, macro_randomization_p
@@ -174,21 +175,22 @@ def grid_scores(study: Study, collection: Collection, mode: str = SELECTION_MODE
     queries = {k: study.encode(r, collection, "query") for k, r in sides.items()}
     passages = {k: study.encode(r, collection, "document") for k, r in sides.items()}
     pairs = list(product(study.profile.k_grid, repeat=2))
-    ids = {"query_ids": collection.query_ids, "passage_ids": collection.passage_ids}
-    runs = []
-    for kq, kp in tqdm(pairs, desc=f"{collection.name}: pairs", unit="pair"):
-        run = sides[kq].search(queries[kq], passages[kp], mode, study.profile.top_k, **ids)
-        runs.append(run.to_dict())
-    place = {passage: i for i, passage in enumerate(collection.passage_ids)}
-    found = []
+    shape = len(collection.query_ids), len(collection.passage_ids)
+    retrieved = np.full((len(pairs), *shape), np.nan)
+    for found, (kq, kp) in zip(retrieved, tqdm(pairs, desc=f"{collection.name}: pairs", unit="pair"), strict=True):
+        scores, indices = scoring.rank(queries[kq], passages[kp], mode, study.profile.top_k)
+        rows, places = np.nonzero(indices >= 0)
+        found[rows, indices[rows, places]] = scores[rows, places]
+    place = {query: i for i, query in enumerate(collection.query_ids)}
+    out = []
     for query, judged in sorted(collection.qrels.items()):
-        rankings = [run[query] for run in runs]
-        union = sorted({*judged, *(p for ranked in rankings for p in ranked)}, key=place.__getitem__)
-        scores = np.array([[ranked.get(p, np.nan) for p in union] for ranked in rankings])
+        scores = retrieved[:, place[query]]
+        relevance = np.array([judged.get(passage, 0) for passage in collection.passage_ids], float)
+        union = ~np.isnan(scores).all(0) | np.isin(collection.passage_ids, list(judged))
+        scores = scores[:, union]
         least = np.nan_to_num(np.nanmin(scores, axis=1, keepdims=True, initial=np.inf), posinf=0.0)
-        scores = np.where(np.isnan(scores), least, scores)
-        found.append(QueryScores(query, _standardised(scores), np.array([judged.get(p, 0) for p in union], float)))
-    return GridScores(pairs, found)
+        out.append(QueryScores(query, _standardised(np.where(np.isnan(scores), least, scores)), relevance[union]))
+    return GridScores(pairs, out)
 
 
 def _standardised(scores: np.ndarray) -> np.ndarray:

@@ -358,8 +358,6 @@ def search(
     ValueError
         For an unknown mode, a side that is missing, shapes or ids that do not fit.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
     query_ids, passage_ids = (
         [str(i) for i in range(len(side))] if ids is None else ids
         for ids, side in ((query_ids, queries), (passage_ids, passages))
@@ -369,21 +367,39 @@ def search(
             raise ValueError(f"{len(ids)} {kind} ids for {len(side)} representations")
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
-    if not len(queries) or not len(passages):
-        none = np.zeros((len(queries), 0))
-        return to_run(none, none.astype(np.int64), query_ids, passage_ids, name or mode)
     # what is excluded must not cost a place
     more = max(map(len, exclude.values()), default=0) if exclude else 0
-    if mode == "hybrid":
-        depth = max(depth or top_k, top_k) + more
-        sides = _dense_search(queries, passages, depth), sparse_search(queries, passages, depth)
-        scores, indices = hybrid_search(*sides, top_k + more)
-    else:
-        how = {"dense": _dense_search, "mean": single_search, "sparse": sparse_search}[mode]
-        scores, indices = how(queries, passages, top_k + more)
-        if mode == "sparse":
-            indices = np.where(scores > 0, indices, -1)
+    scores, indices = rank(queries, passages, mode, top_k + more, max(depth or top_k, top_k) + more)
     return to_run(scores, indices, query_ids, passage_ids, name or mode, exclude, top_k)
+
+
+def rank(
+    queries: Representations, passages: Representations, mode: str, top_k: int = 100, depth: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What :func:`search` puts into its run, as arrays.
+
+    Returns
+    -------
+    scores : ndarray of float, shape (n_queries, k)
+        Descending in each row.
+    indices : ndarray of int64, of the same shape
+        Of passages; -1 for none.
+
+    Raises
+    ------
+    ValueError
+        For an unknown mode, a side that is missing, shapes that do not fit.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
+    if not len(queries) or not len(passages):
+        return np.zeros((len(queries), 0)), np.zeros((len(queries), 0), np.int64)
+    if mode == "hybrid":
+        depth = depth or top_k
+        return hybrid_search(_dense_search(queries, passages, depth), sparse_search(queries, passages, depth), top_k)
+    how = {"dense": _dense_search, "mean": single_search, "sparse": sparse_search}[mode]
+    scores, indices = how(queries, passages, top_k)
+    return scores, np.where(scores > 0, indices, -1) if mode == "sparse" else indices
 
 
 def _dense_search(queries: Representations, passages: Representations, top_k: int) -> tuple[np.ndarray, np.ndarray]:
