@@ -448,14 +448,14 @@ def _headroom(saved: _Saved) -> tuple[list[Test], tuple[float, float]]:
 
     Over the best fixed pair there are two estimates; first, and counting, stands the interval that holds both.
     """
-    test = Test(7, "oracle − fixed pair, beyond chance", "clear gain", "headroom of nDCG@10", MARGIN)
+    test, unknown = Test(7, "oracle − fixed pair, beyond chance", "clear gain", "headroom of nDCG@10", MARGIN), (0.0, 0.0)
     try:
         table = saved.table("oracle_chance")
     except _Missing as missing:
-        return [replace(test, note=str(missing))], (0.0, 0.0)
+        return [replace(test, note=str(missing))], unknown
     beyond = table["quantity"].str.contains("beyond chance")
     if not beyond.any():
-        return [replace(test, note=f"oracle_chance.csv has no row beyond chance; {saved.how('oracle_chance')}")], (0.0, 0.0)
+        return [replace(test, note=f"oracle_chance.csv has no row beyond chance; {saved.how('oracle_chance')}")], unknown
     rows = table[beyond].sort_values("quantity", key=lambda q: ~q.str.contains("best fixed"), kind="stable")
     rows["p"] = np.minimum(1.0, 2 * rows["p"])  # one-sided in the table
     rows["comparison"] = [f"oracle, {row.quantity} ({row.method})" for row in rows.itertuples()]
@@ -472,7 +472,7 @@ def _headroom(saved: _Saved) -> tuple[list[Test], tuple[float, float]]:
         for i, row in enumerate(rows.itertuples())
     ]  # fmt: skip
     chance = table[~beyond & table["quantity"].str.contains("chance|lost")]["value"].dropna().clip(lower=0)
-    return tests, (float(chance.min()), float(chance.max())) if len(chance) else (0.0, 0.0)
+    return tests, (float(chance.min()), float(chance.max())) if len(chance) else unknown
 
 
 def _oracle(saved: _Saved) -> Iterator[Test]:
