@@ -27,10 +27,9 @@ from diffret_lib.adaptation import (
 from diffret_lib.backbones import adapter_path, load_backbone
 from diffret_lib.cache import atomic_path, cache_dir, file_sha256, fingerprint, remembered
 from diffret_lib.collection import Collection
-from diffret_lib.evaluation import per_query
 from diffret_lib.profiles import load_profile
 from diffret_lib.retrievers import BM25, DiffRetriever, PromptReps
-from diffret_lib.study import METRIC, Study
+from diffret_lib.study import METRIC, Study, System
 from diffret_lib.training_text import COLLECTION_PACKAGES, HELD_OUT_PACKAGES, held_out_texts
 
 #: File beside an adapter with the record of the run that made it.
@@ -233,11 +232,9 @@ def stage_retrieval(study: Study, collection: Collection, adapters: Mapping[str,
     """
 
     def row(stage: str, system: str, k: int | None, retriever: Any) -> dict[str, Any]:
-        qrels = collection.ranx_qrels()
-        runs = study.runs(retriever, collection)
-        return {"stage": stage, "system": system, "K": k} | {
-            mode: float(np.mean(per_query(qrels, run, (METRIC,))[METRIC])) for mode, run in runs.items()
-        }
+        values = study.evaluate(System(system, retriever.family or "lexical", retriever, k, k), [collection])
+        means = values[values["metric"] == METRIC].groupby("mode")["value"].mean()
+        return {"stage": stage, "system": system, "K": k} | means.to_dict()
 
     limits = study.limits | STAGE_LIMITS
     rows = [

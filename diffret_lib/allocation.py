@@ -124,13 +124,16 @@ def query_features(
         Index (collection, query_id), sorted by query; columns :data:`FEATURES`.
     """
     retriever = study.diffretriever(*pair)
-    run = study.runs(retriever, collection, [mode])[mode]
     texts = dict(zip(collection.query_ids, collection.queries, strict=True))
     ids = sorted(collection.qrels)
-    asked = [texts[q] for q in ids]
-    key = fingerprint(retriever.fingerprint("query"), asked, list(FEATURES))
-    masks = remembered("features", key, lambda: mask_features(retriever, asked).to_dict("list"))
-    frame = pd.concat([pd.DataFrame(masks), gap_features(run, ids)], axis=1)
+
+    def computed() -> dict[str, list[float]]:
+        masks = mask_features(retriever, [texts[q] for q in ids])
+        gaps = gap_features(study.runs(retriever, collection, [mode])[mode], ids)
+        return pd.concat([masks, gaps], axis=1).to_dict("list")
+
+    key = study.address(retriever, collection, mode, list(FEATURES))
+    frame = pd.DataFrame(remembered("features", key, computed))
     frame.index = pd.MultiIndex.from_product([[collection.name], ids], names=_KEYS)
     return frame[list(FEATURES)].astype(float)
 

@@ -13,13 +13,31 @@ from tqdm.auto import tqdm
 
 from diffret_lib import scoring
 from diffret_lib.cache import fingerprint, remembered
+from diffret_lib.collection import Collection, bm25_ndcg, lexical_overlap
 from diffret_lib.evaluation import holm, macro_interval, macro_randomization_p, per_query
 from diffret_lib.prompts import ENGLISH_STOP_WORDS, Task, content_words
 from diffret_lib.representations import Representations
 from diffret_lib.retrievers import Retriever
-from diffret_lib.study import METRIC, MODES, SELECTION_MODE, Study
+from diffret_lib.study import METRIC, MODES, SELECTION_MODE, TASKS, Study
 
 PAIR = ["k_query", "k_passage"]
+READ_OUT_MODES = ("dense", "mean", "sparse", "hybrid")
+#: Part of the addresses of collections' statistics in the cache.
+STATISTICS_VERSION = 1
+
+
+def collections_table(study: Study) -> pd.DataFrame:
+    """The profile's collections, training first: sizes, what queries share with relevant passages, BM25's nDCG@10."""
+
+    def statistics(c: Collection) -> dict[str, Any]:
+        return c.statistics() | lexical_overlap(c) | {"bm25_ndcg@10": bm25_ndcg(c)}
+
+    return pd.DataFrame(
+        remembered(
+            "statistics", fingerprint(STATISTICS_VERSION, c.fingerprint, c.coverage), lambda c=c: statistics(c)
+        )
+        for c in [study.train_collection, *study.test_collections]
+    )
 
 
 def heat_map(grid: pd.DataFrame, mode: str, metric: str = METRIC) -> pd.DataFrame:
@@ -165,19 +183,22 @@ def read_out_table(study: Study, counts: Sequence[int] = (1, 4)) -> pd.DataFrame
         Columns read_out, K, dense, mean (dot product of the mean vectors), sparse, hybrid.
     """
     collection = study.development
-    qrels = collection.ranx_qrels()
     rows = []
     for k in counts:
         for shifted in (True, False):
             retriever = study.diffretriever(k, k, shifted=shifted)
-            sides = [study.encode(retriever, collection, task) for task in ("query", "document")]
-            row = {"read_out": "i - 1 (shifted)" if shifted else "i (not shifted)", "K": k}
-            for mode in ("dense", "mean", "sparse", "hybrid"):
-                ids = {"query_ids": collection.query_ids, "passage_ids": collection.passage_ids}
-                run = scoring.search(*sides, mode, study.profile.top_k, **ids)
-                row[mode] = float(per_query(qrels, run, (METRIC,))[METRIC].mean())
-            rows.append(row)
+            key = study.address(retriever, collection, READ_OUT_MODES)
+            values = remembered("read_out", key, lambda retriever=retriever: _read_out(study, retriever, collection))
+            rows.append({"read_out": "i - 1 (shifted)" if shifted else "i (not shifted)", "K": k} | values)
     return pd.DataFrame(rows)
+
+
+def _read_out(study: Study, retriever: Retriever, collection: Collection) -> dict[str, float]:
+    sides = [study.encode(retriever, collection, task) for task in TASKS]
+    ids = {"query_ids": collection.query_ids, "passage_ids": collection.passage_ids}
+    runs = {mode: scoring.search(*sides, mode, study.profile.top_k, **ids) for mode in READ_OUT_MODES}
+    qrels = collection.ranx_qrels()
+    return {mode: float(per_query(qrels, run, (METRIC,))[METRIC].mean()) for mode, run in runs.items()}
 
 
 def mean_self_similarity(representations: Representations) -> float:

@@ -310,7 +310,7 @@ def load_backbone(
         model=model,
         tokenizer=tokenizer,
         mask_id=_mask_id(spec, tokenizer, model.config.vocab_size),
-        fingerprint=fingerprint(_identity(spec), _identity(base), weights, _adapter_sha(adapter), dtype),
+        fingerprint=fingerprint(_identity(spec), _identity(base), weights, adapter_sha(adapter), dtype),
     )
 
 
@@ -412,7 +412,8 @@ def _adapter_folder(spec: Backbone, adapter: str | os.PathLike[str] | None) -> P
     return folder
 
 
-def _adapter_sha(folder: Path | None) -> list[str] | None:
+def adapter_sha(folder: Path | None) -> list[str] | None:
+    """SHA-256 of an adapter's weights and of the settings with which they are merged; None for no adapter."""
     if folder is None:
         return None
     return [file_sha256(folder / "adapter_model.safetensors"), _adapter_settings_sha(folder)]
@@ -461,7 +462,7 @@ def with_adapter(backbone: LoadedBackbone, folder: str | os.PathLike[str]) -> Lo
     with _quiet():
         model = _merge_adapter(copy.deepcopy(backbone.model).float(), folder)
     model = model.to(backbone.dtype).eval().requires_grad_(False)
-    return replace(backbone, model=model, fingerprint=fingerprint(backbone.fingerprint, _adapter_sha(folder)))
+    return replace(backbone, model=model, fingerprint=fingerprint(backbone.fingerprint, adapter_sha(folder)))
 
 
 # -- the embedded model: fetch, verify, convert --------------------------------------------------------------

@@ -189,9 +189,9 @@ class Collection:
 
     def ranx_qrels(self) -> Qrels:
         """The judgements as ``ranx.Qrels``."""
-        from ranx import Qrels
+        from diffret_lib.evaluation import make_qrels
 
-        return Qrels({q: dict(judged) for q, judged in self.qrels.items()}, name=self.name)
+        return make_qrels(self.qrels, self.name)
 
     def statistics(self) -> dict[str, Any]:
         """Sizes, relevant passages per query, mean lengths in words, coverage and fingerprint."""
@@ -286,7 +286,9 @@ def bm25_ndcg(collection: Collection, k: int = 10) -> float:
     """nDCG@k of BM25 (bm25s defaults, English stop words, Snowball stems): how lexical a collection is."""
     import bm25s
     import Stemmer
-    from ranx import Run, evaluate
+
+    from diffret_lib.evaluation import evaluate_run
+    from diffret_lib.scoring import make_run
 
     stemmer = Stemmer.Stemmer("english")
 
@@ -303,7 +305,7 @@ def bm25_ndcg(collection: Collection, k: int = 10) -> float:
         or {"nothing found": 0.0}
         for query_id, row, row_scores in zip(collection.query_ids, found, scores, strict=True)
     }
-    return float(evaluate(collection.ranx_qrels(), Run(run), f"ndcg@{k}"))
+    return evaluate_run(collection.ranx_qrels(), make_run(run), [f"ndcg@{k}"]).means[f"ndcg@{k}"]
 
 
 def load_collection(name_or_path: str | Path, seed: int = 0) -> Collection:

@@ -37,7 +37,7 @@ from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
-from diffret_lib.backbones import LoadedBackbone, with_adapter
+from diffret_lib.backbones import LoadedBackbone
 from diffret_lib.cache import atomic_path, cache_dir, fingerprint
 from diffret_lib.collection import Collection, load_collection
 from diffret_lib.evaluation import per_query
@@ -213,35 +213,16 @@ def _kind(system: str, selected: Pair) -> tuple[type[Retriever], dict[str, int]]
     return kinds[system]
 
 
-def finetuned_retriever(study: Study, system: str, adapter: Path, selected: Pair) -> Retriever:
-    """A system with its adapter merged in, at the study's limits.
-
-    Parameters
-    ----------
-    study : Study
-    system : str
-        Of :data:`SYSTEMS`.
-    adapter : Path
-        A PEFT adapter folder.
-    selected : (int, int)
-        The pair (Kq, Kp) of DiffRetriever multi.
-    """
-    kind, counts = _kind(system, selected)
-    return kind(with_adapter(study.backbone(kind.family), adapter), **counts, **study.limits)
-
-
 def systems(study: Study, selected: Pair) -> list[System]:
-    """The fine-tuned systems of the tables; one that is not trained yet is trained.
-
-    Each holds a copy of its backbone's weights.
-    """
+    """The fine-tuned systems of the tables; one that is not trained yet is trained."""
     out = []
     for name in SYSTEMS:
-        retriever = finetuned_retriever(study, name, finetune(study, name, selected).adapter, selected)
-        counts = _kind(name, selected)[1]
+        adapter = finetune(study, name, selected).adapter
+        kind, counts = _kind(name, selected)
+        retriever = kind(study.backbone(kind.family), **counts, **study.limits)
         if "max_new_tokens" in counts:
             counts = dict.fromkeys(("k_query", "k_passage"), 1 + counts["max_new_tokens"])
-        out.append(System(name, retriever.family, retriever, **counts, training="fine-tuned"))
+        out.append(System(name, kind.family, retriever, **counts, training="fine-tuned", adapter=adapter))
     return out
 
 

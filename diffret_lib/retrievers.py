@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import bm25s
 import numpy as np
@@ -22,7 +24,7 @@ from sentence_transformers import MultiVectorEncoder, SparseEncoder
 from tqdm.auto import tqdm
 
 from diffret_lib import scoring
-from diffret_lib.backbones import LoadedBackbone, load_backbone
+from diffret_lib.backbones import LoadedBackbone, load_backbone, with_adapter
 from diffret_lib.cache import fingerprint
 from diffret_lib.prompts import Task
 from diffret_lib.readers import LastToken, MaskedPositions, MeanOfTokens, NextTokens, Reader
@@ -73,10 +75,24 @@ class Retriever:
             )
         self.batch_tokens = batch_tokens
         limits = {"max_query_tokens": max_query_tokens, "max_passage_tokens": max_passage_tokens}
-        self.reader = self.make_reader(**limits, **options).eval()
+        self._options = limits | options
+        self.reader = self.make_reader(**self._options).eval()
 
     def make_reader(self, **options: Any) -> Reader:
         raise NotImplementedError
+
+    def with_adapter(self, folder: str | os.PathLike[str]) -> Self:
+        """This retriever with a PEFT adapter, such as a fine-tuned one, merged into a copy of its backbone.
+
+        Raises
+        ------
+        BackboneError
+            When the folder holds no adapter, or one that does not fit.
+        """
+        other = copy.copy(self)
+        other.backbone = with_adapter(self.backbone, folder)
+        other.reader = other.make_reader(**other._options).eval()
+        return other
 
     def settings(self, task: Task) -> dict[str, Any]:
         """What the representations of one side depend on, besides the texts and the backbone."""
@@ -339,6 +355,10 @@ class BM25:
     def __init__(self, k1: float = 1.5, b: float = 0.75) -> None:
         self.k1, self.b = k1, b
         self._vocabulary: dict[str, int] | None = None
+
+    def fingerprint(self, task: Task) -> str:
+        """As :meth:`Retriever.fingerprint`."""
+        return fingerprint(ENCODING_VERSION, self.name, self.k1, self.b, bm25s.__version__)
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[str]]:
         return bm25s.tokenize(

@@ -7,10 +7,12 @@ nothing, and a change of any of these computes anew.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +20,8 @@ import numpy as np
 import pandas as pd
 import ranx
 
-from diffret_lib.backbones import LoadedBackbone, load_backbone
-from diffret_lib.cache import cache_dir, fingerprint, remembered
+from diffret_lib.backbones import LoadedBackbone, adapter_sha, load_backbone
+from diffret_lib.cache import atomic_path, cache_dir, fingerprint, remembered
 from diffret_lib.collection import Collection, load_collection
 from diffret_lib.evaluation import METRICS, per_query, save_qrels, save_run
 from diffret_lib.profiles import Profile
@@ -32,13 +34,19 @@ METRIC = "ndcg@10"
 #: The mode in which the pair of counts is selected.
 SELECTION_MODE = "hybrid"
 MODES = ("dense", "sparse", "hybrid")
-#: Part of the grid's addresses in the cache: raise it when the same encodings would give other values.
-GRID_VERSION = 1
+TASKS: tuple[Task, ...] = ("query", "document")
+#: Part of the addresses in the cache of rankings and their values: raise it when the same encodings would give
+#: others.
+EVALUATION_VERSION = 1
 
 
 @dataclass(frozen=True)
 class System:
-    """A system of the tables: a name, a retriever for it, its counts, and how it was trained for retrieval."""
+    """A system of the tables: a name, a retriever for it, its counts, and how it was trained for retrieval.
+
+    The retriever stands without the ``adapter`` (a PEFT folder) of a fine-tuned system, which is merged only when
+    something has to be encoded with it.
+    """
 
     name: str
     family: str
@@ -46,6 +54,7 @@ class System:
     k_query: int | None = None
     k_passage: int | None = None
     training: Literal["zero-shot", "fine-tuned"] = "zero-shot"
+    adapter: Path | None = None
 
 
 @dataclass
@@ -141,6 +150,13 @@ class Study:
         key = fingerprint(retriever.fingerprint(task), texts)
         return encode(texts, output=cache_dir() / "encodings" / key[:2] / key)
 
+    def address(self, retriever: Any, collection: Collection, *more: Any) -> str:
+        """The address in the cache of what is computed from a retriever's rankings of a collection."""
+        return fingerprint(
+            EVALUATION_VERSION, [retriever.fingerprint(task) for task in TASKS], collection.fingerprint,
+            collection.coverage, self.profile.top_k, more,
+        )  # fmt: skip
+
     def runs(self, retriever: Any, collection: Collection, modes: Sequence[str] | None = None) -> dict[str, ranx.Run]:
         """Rankings of a retriever on a collection, one for each of its modes."""
         passages = self.encode(retriever, collection, "document")
@@ -152,13 +168,15 @@ class Study:
             for mode in modes or retriever.modes
         }
 
-    def evaluate(self, system: System, collection: Collection, runs: Path | None = None) -> pd.DataFrame:
-        """Per-query values of a system on a collection, in each of its modes.
+    def evaluate(
+        self, system: System, collections: Sequence[Collection], runs: Path | None = None
+    ) -> pd.DataFrame:
+        """Per-query values of a system on collections, in each of its modes; kept in the cache with the rankings.
 
         Parameters
         ----------
         system : System
-        collection : Collection
+        collections : sequence of Collection
         runs : Path, optional
             A folder for the rankings and judgements in TREC's format: ``<collection>/qrels.txt`` and
             ``<collection>/<system>.<training>.<mode>.txt``.
@@ -169,19 +187,39 @@ class Study:
             Columns query_id, metric, value, collection, coverage, mode, training, system, family, k_query,
             k_passage.
         """
-        if runs is not None:
+        load = cache(lambda: system.retriever.with_adapter(system.adapter) if system.adapter else system.retriever)
+        frames = []
+        for collection in collections:
+            ranked = self._ranked(system, load, collection)
+            values = json.loads((ranked / "values.json").read_text(encoding="utf-8"))
+            frames += [_long(of_mode, collection).assign(mode=mode) for mode, of_mode in values.items()]
+            if runs is None:
+                continue
             folder = runs / _slug(collection.name.removeprefix("pydocs/"))
             save_qrels(collection.qrels, folder / "qrels.txt")
-        frames, qrels = [], collection.ranx_qrels()
-        for mode, run in self.runs(system.retriever, collection).items():
-            values = per_query(qrels, run, METRICS)
-            frames.append(_long(values, collection).assign(mode=mode))
-            if runs is not None:
-                run.name = _slug(f"{system.name} {system.training} {mode}")
-                save_run(run, folder / f"{_slug(system.name)}.{system.training}.{mode}.txt")
-        frame = pd.concat(frames, ignore_index=True)
+            for mode in values:
+                with atomic_path(folder / f"{_slug(system.name)}.{system.training}.{mode}.txt") as temporary:
+                    shutil.copyfile(ranked / f"{mode}.txt", temporary)
         names = {name: getattr(system, name) for name in ("training", "family", "k_query", "k_passage")}
-        return frame.assign(system=system.name, **names)
+        return pd.concat(frames, ignore_index=True).assign(system=system.name, **names)
+
+    def _ranked(self, system: System, load: Callable[[], Any], collection: Collection) -> Path:
+        """The cache's folder of a system's rankings of a collection (``<mode>.txt``) and their ``values.json``."""
+        about = system.name, system.training, adapter_sha(system.adapter), METRICS
+        key = self.address(system.retriever, collection, about)
+        folder = cache_dir() / "rankings" / key
+        if folder.exists():
+            return folder
+        qrels, values = collection.ranx_qrels(), {}
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            for mode, run in self.runs(load(), collection).items():
+                scores = per_query(qrels, run, METRICS)
+                values[mode] = {metric: of_queries.tolist() for metric, of_queries in scores.items()}
+                run.name = _slug(f"{system.name} {system.training} {mode}")
+                save_run(run, temporary / f"{mode}.txt")
+            (temporary / "values.json").write_text(json.dumps(values), encoding="utf-8")
+        return folder
 
     # -- the grid --------------------------------------------------------------------------------------
 
@@ -197,7 +235,7 @@ class Study:
         """
         sides = {k: self.diffretriever(k, k) for k in self.profile.k_grid}
         key = fingerprint(
-            GRID_VERSION, [r.fingerprint(task) for r in sides.values() for task in ("query", "document")],
+            EVALUATION_VERSION, [r.fingerprint(task) for r in sides.values() for task in TASKS],
             collection.fingerprint, collection.coverage, list(metrics), self.profile.top_k,
         )  # fmt: skip
         return pd.DataFrame(remembered("grid", key, lambda: self._grid(collection, sides, metrics).to_dict("list")))

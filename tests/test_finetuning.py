@@ -23,7 +23,6 @@ from diffret_lib.finetuning import (
     SYSTEMS,
     FinetunedSystem,
     finetune,
-    finetuned_retriever,
     learning_curves,
     step_order,
     systems,
@@ -141,13 +140,16 @@ def test_all_systems(root, monkeypatch):
     assert (loss[5] < loss[1]).sum() >= 4
     for system, result in zip(found, results, strict=True):
         own = study.backbone(system.family)
-        assert system.retriever.backbone.fingerprint not in (own.fingerprint, None)
-        merged = system.retriever.backbone.model
+        assert system.retriever.backbone is own and system.adapter == result.adapter
+        tuned = system.retriever.with_adapter(system.adapter)
+        assert tuned.fingerprint("query") != system.retriever.fingerprint("query")
+        assert tuned.settings("document") == system.retriever.settings("document")
+        merged = tuned.backbone.model
         changed = [not torch.equal(a, b) for a, b in zip(own.model.parameters(), merged.parameters(), strict=True)]
         assert any(changed) and all(v.abs().max() > 0 for k, v in weights(result.adapter).items() if "lora_B" in k)
         text = (result.adapter / "adapter_config.json").read_text()
         assert str(root) not in text
-        frame = study.evaluate(system, study.test_collections[0])
+        frame = study.evaluate(system, study.test_collections[:1])
         assert frame["value"].between(0, 1).all() and set(frame["training"]) == {"fine-tuned"}
     # finished: nothing is trained, nor is a model copied
     monkeypatch.setattr("diffret_lib.finetuning.new_adapter", None)
@@ -158,11 +160,10 @@ def test_all_systems(root, monkeypatch):
 def test_merged_adapter_is_the_trained_model(root):
     study = make_study(root)
     result = finetune(study, "DiffEmbed", PAIR)
-    retriever = finetuned_retriever(study, "DiffEmbed", result.adapter, PAIR)
+    system = next(s for s in systems(study, PAIR) if s.name == "DiffEmbed")
+    retriever = system.retriever.with_adapter(system.adapter)
     kept = next(r for r in result.curve if r.get("kept"))
-    frame = study.evaluate(
-        System("x", "diffusion", retriever), load_collection(study.profile.training.development.collection)
-    )
+    frame = study.evaluate(system, [load_collection(study.profile.training.development.collection)])
     assert kept["dev_ndcg"] == pytest.approx(frame[frame["metric"] == "ndcg@10"]["value"].mean())
     assert with_adapter(study.backbone("diffusion"), result.adapter).fingerprint == retriever.backbone.fingerprint
 

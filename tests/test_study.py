@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import ir_measures
@@ -87,7 +88,7 @@ def world(tmp_path_factory):
 def evaluated(world) -> pd.DataFrame:
     s, _ = world
     systems = s.systems((2, 2))
-    return pd.concat([s.evaluate(system, c) for c in s.test_collections for system in systems], ignore_index=True)
+    return pd.concat([s.evaluate(system, s.test_collections) for system in systems], ignore_index=True)
 
 
 def count_forwards(monkeypatch) -> list[int]:
@@ -203,7 +204,7 @@ def test_runs_on_disk_are_what_other_tools_read(world, tmp_path):
     s, _ = world
     collection = s.test_collections[0]
     system = s.systems((2, 2))[-1]
-    values = s.evaluate(system, collection, tmp_path)
+    values = s.evaluate(system, [collection], tmp_path)
     folder = tmp_path / "mine-test"
     assert sorted(p.name for p in folder.iterdir()) == [
         *(f"diffretriever-multi.zero-shot.{mode}.txt" for mode in sorted(MODES)), "qrels.txt"
@@ -218,6 +219,23 @@ def test_runs_on_disk_are_what_other_tools_read(world, tmp_path):
             theirs = {m.query_id: m.value for m in measure.iter_calc(qrels, run)}
             assert ours[name].to_dict() == pytest.approx(theirs)
         assert ranx.Run.from_file(str(path), kind="trec").keys() == set(ours.index)
+
+
+def test_rankings_and_values_are_kept(world, tmp_path, monkeypatch):
+    s, _ = world
+    systems = [s.systems((2, 2))[i] for i in (0, -1)]
+    first = [s.evaluate(system, s.test_collections, tmp_path / "first") for system in systems]
+    monkeypatch.setattr(Study, "runs", None)  # nothing is searched again
+    again = [s.evaluate(system, s.test_collections, tmp_path / "again") for system in systems]
+    for a, b in zip(first, again, strict=True):
+        pd.testing.assert_frame_equal(a, b, check_exact=True)
+    files = sorted(p.relative_to(tmp_path / "first") for p in (tmp_path / "first").rglob("*.txt"))
+    assert len(files) == 2 * (1 + 1 + 3)
+    for name in files:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    other = replace(systems[0], retriever=retrievers.BM25(k1=0.5))
+    with pytest.raises(TypeError):  # another retriever is searched
+        s.evaluate(other, s.test_collections)
 
 
 def test_out_of_domain_leaves_the_training_package_out():
