@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import ranx
 import torch
 from scipy import stats
 from sklearn.base import BaseEstimator
@@ -23,7 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from diffret_lib.analysis import PAIR, per_query_best
-from diffret_lib.cache import fingerprint, remembered
+from diffret_lib.cache import remembered
 from diffret_lib.collection import Collection
 from diffret_lib.evaluation import holm, macro_randomization_p
 from diffret_lib.readers import MaskedPositions
@@ -97,14 +96,14 @@ def summaries(reader: MaskedPositions, hidden: torch.Tensor, logits: torch.Tenso
     return pd.DataFrame({name: v.double().cpu().numpy() for name, v in columns.items()}).assign(distinct=distinct)
 
 
-def gap_features(run: ranx.Run, query_ids: Sequence[str]) -> pd.DataFrame:
+def gap_features(run: Mapping[str, Mapping[str, float]], query_ids: Sequence[str]) -> pd.DataFrame:
     """Score gaps at the head of each query's ranking; columns gap_second, gap_tenth.
 
     0 where fewer than two passages are retrieved or all scores are equal.
     """
     rows = []
     for query in query_ids:
-        scores = np.sort(np.array(list(run.run[query].values()), float))[::-1]
+        scores = np.sort(np.array(list(run[query].values()), float))[::-1]
         spread = scores.std() if len(scores) > 1 else 0.0
         if spread > 1e-9:
             rows.append(((scores[0] - scores[1]) / spread, (scores[0] - scores[:10].mean()) / spread))

@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from diffret_lib import scoring
 from diffret_lib.cache import fingerprint, remembered
 from diffret_lib.collection import Collection, bm25_ndcg, lexical_overlap
 from diffret_lib.evaluation import holm, macro_interval, macro_randomization_p, per_query
@@ -195,10 +194,8 @@ def read_out_table(study: Study, counts: Sequence[int] = (1, 4)) -> pd.DataFrame
 
 def _read_out(study: Study, retriever: Retriever, collection: Collection) -> dict[str, float]:
     sides = [study.encode(retriever, collection, task) for task in TASKS]
-    ids = {"query_ids": collection.query_ids, "passage_ids": collection.passage_ids}
-    runs = {mode: scoring.search(*sides, mode, study.profile.top_k, **ids) for mode in READ_OUT_MODES}
-    qrels = collection.ranx_qrels()
-    return {mode: float(per_query(qrels, run, (METRIC,))[METRIC].mean()) for mode, run in runs.items()}
+    runs = {mode: study.run(*sides, collection, mode) for mode in READ_OUT_MODES}
+    return {mode: float(per_query(collection.qrels, run, (METRIC,))[METRIC].mean()) for mode, run in runs.items()}
 
 
 def mean_self_similarity(representations: Representations) -> float:

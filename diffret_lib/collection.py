@@ -288,7 +288,6 @@ def bm25_ndcg(collection: Collection, k: int = 10) -> float:
     import Stemmer
 
     from diffret_lib.evaluation import evaluate_run
-    from diffret_lib.scoring import make_run
 
     stemmer = Stemmer.Stemmer("english")
 
@@ -302,10 +301,9 @@ def bm25_ndcg(collection: Collection, k: int = 10) -> float:
     )
     run = {
         query_id: {collection.passage_ids[int(i)]: float(s) for i, s in zip(row, row_scores, strict=True) if s > 0}
-        or {"nothing found": 0.0}
         for query_id, row, row_scores in zip(collection.query_ids, found, scores, strict=True)
     }
-    return evaluate_run(collection.ranx_qrels(), make_run(run), [f"ndcg@{k}"]).means[f"ndcg@{k}"]
+    return evaluate_run(collection.qrels, run, [f"ndcg@{k}"]).means[f"ndcg@{k}"]
 
 
 def load_collection(name_or_path: str | Path, seed: int = 0) -> Collection:

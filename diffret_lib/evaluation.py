@@ -49,16 +49,24 @@ class Evaluation:
         return {metric: float(values.mean()) for metric, values in self.per_query.items()}
 
 
-def evaluate_run(qrels: ranx.Qrels, run: ranx.Run, metrics: Sequence[str] = METRICS) -> Evaluation:
-    """Evaluate a run on every query of the qrels.
+#: Query id to passage id to score (a run) or relevance (qrels): dicts, or ranx's own.
+Run = Mapping[str, Mapping[str, float]] | ranx.Run
+Qrels = Mapping[str, Mapping[str, int]] | ranx.Qrels
+
+
+def evaluate_run(qrels: Qrels, run: Run, metrics: Sequence[str] = METRICS) -> Evaluation:
+    """Evaluate a run on every query of the qrels, by the metrics of :mod:`ranx`.
+
+    ranx gets the ids as numbers: of ids as text it makes dicts whose code numba compiles anew in every process, some
+    seconds each time.
 
     Parameters
     ----------
-    qrels : ranx.Qrels
+    qrels : dict of query id to passage id to relevance, or ranx.Qrels
         With at least one relevant passage for each query.
-    run : ranx.Run
-        Is not changed.  A query that it lacks counts with nothing retrieved; one that the qrels lack is left
-        out.
+    run : dict of query id to passage id to score, or ranx.Run
+        Of equal scores the one that is named first stands first.  A query that it lacks counts with nothing
+        retrieved; one that the qrels lack is left out.
     metrics : sequence of str
         Names of ranx, such as ``"ndcg@10"``.
 
@@ -68,26 +76,31 @@ def evaluate_run(qrels: ranx.Qrels, run: ranx.Run, metrics: Sequence[str] = METR
         For an unknown metric, empty qrels, or a run that shares no query with them.
     """
     metrics = [metrics] if isinstance(metrics, str) else list(metrics)
-    query_ids = sorted(str(q) for q in qrels.keys())  # noqa: SIM118  (ranx.Qrels is no mapping)
+    qrels, run = (x.to_dict() if isinstance(x, ranx.Qrels | ranx.Run) else x for x in (qrels, run))
+    query_ids = sorted(qrels)
     if not query_ids:
         raise ValueError("the qrels have no queries")
-    answered = set(run.keys())
-    if answered.isdisjoint(query_ids) and answered:
+    if run and run.keys().isdisjoint(query_ids):
         raise ValueError(
-            f"the run and the qrels share no query: the run has {sorted(answered)[0]!r} and others, "
+            f"the run and the qrels share no query: the run has {sorted(run)[0]!r} and others, "
             f"the qrels {query_ids[0]!r} and others"
         )
-    own = ranx.Run(name=run.name)  # ranx writes the values into the run
-    same = answered == set(query_ids)
-    own.run, own.sorted = run.run if same else run.run.copy(), run.sorted
+    judged, retrieved = [], []
+    for query in query_ids:
+        ranked = run.get(query, {})
+        numbers = {passage: float(i) for i, passage in enumerate(dict.fromkeys([*qrels[query], *ranked]))}
+        for rows, named in ((judged, qrels[query]), (retrieved, ranked)):
+            best_first = sorted(named, key=named.get, reverse=True)
+            rows.append(np.array([(numbers[p], named[p]) for p in best_first], float).reshape(-1, 2))
     try:
-        ranx.evaluate(qrels, own, metrics, make_comparable=not same)
+        # twice, for a single metric by query is what ranx.evaluate fails on
+        values = ranx.evaluate(TypedList(judged), TypedList(retrieved), metrics * 2, return_mean=False)
     except (KeyError, ValueError, NotImplementedError) as error:
         raise ValueError(f"cannot compute {', '.join(metrics)}: {error}") from error
-    return Evaluation(query_ids, {m: np.array([own.scores[m][q] for q in query_ids], float) for m in metrics})
+    return Evaluation(query_ids, {metric: np.asarray(values[metric], float) for metric in metrics})
 
 
-def per_query(qrels: ranx.Qrels, run: ranx.Run, metrics: Sequence[str] = METRICS) -> dict[str, np.ndarray]:
+def per_query(qrels: Qrels, run: Run, metrics: Sequence[str] = METRICS) -> dict[str, np.ndarray]:
     """Metric to per-query values, in the order of the sorted query ids; see :func:`evaluate_run`."""
     return evaluate_run(qrels, run, metrics).per_query
 
@@ -299,24 +312,28 @@ def _flip_signs(differences: np.ndarray, resamples: int, seed: int) -> float:
 # -- runs on disk ------------------------------------------------------------------------------------------
 
 
-def save_run(run: ranx.Run, path: str | os.PathLike[str]) -> None:
+def save_run(run: Run, path: str | os.PathLike[str], tag: str | None = None) -> None:
     """Write a run in TREC's format (``query Q0 passage rank score tag``), which cannot hold queries without results.
 
-    The tag is the run's name, its whitespace as ``_``.
+    The tag is by default the name of a ranx.Run, or ``run``; its whitespace is written as ``_``.
 
     Raises
     ------
     ValueError
         When a query or passage id is empty or has whitespace, which the format cannot hold.
     """
-    for query, ranked in run.run.items():
+    if isinstance(run, ranx.Run):
+        run, tag = run.to_dict(), tag or run.name
+    tag = re.sub(r"\s+", "_", (tag or "").strip()) or "run"
+    lines = []
+    for query, ranked in run.items():
         for kind, name in (("query", query), *(("passage", passage) for passage in ranked)):
             if not _is_trec_id(name):
                 raise ValueError(f"the {kind} id {name!r} is empty or has whitespace, which a TREC run cannot hold")
-    own = ranx.Run(name=re.sub(r"\s+", "_", (run.name or "").strip()) or "run")
-    own.run, own.sorted = run.run, run.sorted
+        for rank, passage in enumerate(sorted(ranked, key=ranked.get, reverse=True), 1):
+            lines.append(f"{query} Q0 {passage} {rank} {float(ranked[passage])!r} {tag}\n")
     with atomic_path(path) as temporary:
-        own.save(str(temporary), kind="trec")
+        temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def _is_trec_id(name: str) -> bool:

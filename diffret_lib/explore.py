@@ -13,6 +13,7 @@ from diffret_lib.collection import Collection
 from diffret_lib.prompts import Task
 from diffret_lib.representations import Representations
 from diffret_lib.retrievers import Retriever
+from diffret_lib.scoring import rank, to_results
 
 
 def mask_words(retriever: Retriever, texts: list[str], task: Task) -> list[list[str]]:
@@ -87,8 +88,8 @@ def explain(
             "encode the passages of this collection"
         )
     queries = retriever.encode_queries([query], progress=False)
-    run = retriever.search(queries, passages, mode, top_k, ["query"], collection.passage_ids)
-    found = dict(run.run["query"])
+    ranked = rank(queries, passages, mode, top_k)
+    found = to_results(*ranked, ["query"], collection.passage_ids)["query"]
     texts = dict(zip(collection.passage_ids, collection.passages, strict=True))
     words = mask_words(retriever, [texts[i] for i in found], "document")
     table = pd.DataFrame({"rank": range(1, 1 + len(found)), "score": found.values(), "passage_id": found.keys()})

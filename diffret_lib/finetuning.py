@@ -45,6 +45,7 @@ from diffret_lib.losses import FalseNegatives, JointInfoNCE
 from diffret_lib.negatives import hard_negatives
 from diffret_lib.profiles import Development, Profile, Sample, Training
 from diffret_lib.retrievers import DiffEmbed, DiffRetriever, PromptReps, RepLLaMA, Retriever
+from diffret_lib.scoring import rank, to_results
 from diffret_lib.study import METRIC, Study, System
 
 SYSTEMS = (
@@ -341,19 +342,17 @@ class Measurement(BaseEvaluator):
     def __init__(self, retriever: Retriever, collection: Collection) -> None:
         super().__init__()
         self.retriever, self.collection, self.primary_metric = retriever, collection, METRIC
-        self.qrels = collection.ranx_qrels()
 
     def __call__(self, model: Any, output_path: Any = None, epoch: int = -1, steps: int = -1) -> dict[str, float]:
         retriever, collection = self.retriever, self.collection
         retriever.reader.eval()  # forgets what it has kept of other weights
-        run = retriever.search(
+        ranked = rank(
             retriever.encode_queries(collection.queries, progress=False),
             retriever.encode_passages(collection.passages, progress=False),
             "hybrid" if "hybrid" in retriever.modes else "dense",
-            query_ids=collection.query_ids,
-            passage_ids=collection.passage_ids,
         )
-        return {METRIC: float(per_query(self.qrels, run, (METRIC,))[METRIC].mean())}
+        run = to_results(*ranked, collection.query_ids, collection.passage_ids)
+        return {METRIC: float(per_query(collection.qrels, run, (METRIC,))[METRIC].mean())}
 
 
 class AdapterTrainer(MultiVectorEncoderTrainer):

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from itertools import chain, zip_longest
 
 import pandas as pd
-import ranx
 
 from diffret_lib.cache import atomic_path, cache_dir, fingerprint
 from diffret_lib.collection import Collection, seeded_order
@@ -23,7 +22,7 @@ MINING_VERSION = 1
 RANDOM = "random"
 
 
-def mine_hard_negatives(collection: Collection, runs: Mapping[str, ranx.Run], n: int, seed: int = 0) -> pd.DataFrame:
+def mine_hard_negatives(collection: Collection, runs: Mapping[str, Mapping[str, Mapping[str, float]]], n: int, seed: int = 0) -> pd.DataFrame:
     """The n highest passages of each query that are not relevant, taken from the rankings in turn.
 
     Which ranking comes first changes from query to query.  Passages judged relevant, and passages of the same
@@ -33,8 +32,8 @@ def mine_hard_negatives(collection: Collection, runs: Mapping[str, ranx.Run], n:
     Parameters
     ----------
     collection : Collection
-    runs : dict of str to ranx.Run
-        Rankings of the collection's queries, by the name of their source.
+    runs : dict of str to run
+        Rankings of the collection's queries (query id to passage id to score), by the name of their source.
     n : int
     seed : int
         Of the random passages.
@@ -52,14 +51,13 @@ def mine_hard_negatives(collection: Collection, runs: Mapping[str, ranx.Run], n:
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
     texts = dict(zip(collection.passage_ids, collection.passages, strict=True))
-    rankings = {name: run.to_dict() for name, run in runs.items()}
     names, rows = list(runs), []
     for place, query_id in enumerate(collection.query_ids):
         taken = {texts[p] for p in collection.relevant(query_id)}
         shift = place % max(1, len(names))
         lists = []
         for name in names[shift:] + names[:shift]:
-            ranked = rankings[name].get(query_id, {})
+            ranked = runs[name].get(query_id, {})
             best_first = sorted(ranked, key=ranked.get, reverse=True)
             lists.append([(p, name) for p in best_first if texts[p] not in taken])
         mined = (pair for pairs in zip_longest(*lists) for pair in pairs if pair is not None)

@@ -8,6 +8,7 @@ score, then lower passage index.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 import ranx
@@ -178,16 +179,15 @@ def _blocks(n: int, block: int) -> Iterator[slice]:
 # -- runs --------------------------------------------------------------------------------------------------
 
 
-def to_run(
+def to_results(
     scores: np.ndarray,
     indices: np.ndarray,
     query_ids: Sequence[str],
     passage_ids: Sequence[str],
-    name: str | None = None,
     exclude: Mapping[str, Collection[str]] | None = None,
     top_k: int | None = None,
-) -> ranx.Run:
-    """A :class:`ranx.Run` of ranked passages, which keeps their order.
+) -> dict[str, dict[str, float]]:
+    """Ranked passages as a dict of query id to passage id to score, best first, that keeps their order.
 
     Equal scores are set apart by one unit in the last place of float64: what sorts a run by its scores
     (ranx, trec_eval) has no other means to know the order.
@@ -206,27 +206,26 @@ def to_run(
     Raises
     ------
     ValueError
-        When shapes and ids do not fit, or a row is not descending.
+        When shapes and ids do not fit, ids are not unique, or a row is not descending.
     """
     scores, indices = np.asarray(scores, np.float64), np.asarray(indices)
     if scores.shape != indices.shape or scores.ndim != 2 or len(scores) != len(query_ids):
         raise ValueError(
             f"scores {scores.shape}, indices {indices.shape} and {len(query_ids)} query ids do not fit"
         )
+    for kind, ids in (("query", query_ids), ("passage", passage_ids)):
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"{kind} ids must be unique")
     if indices.size and indices.max() >= len(passage_ids):
         raise ValueError(f"passage index {indices.max()}, but there are {len(passage_ids)} passage ids")
     if (scores[:, 1:] > scores[:, :-1]).any():
         raise ValueError("the scores of a query must be descending")
-    scores = _strictly_descending(scores)
-    ids = np.asarray(passage_ids, dtype=object)
-    kept_ids, kept_scores = [], []
-    for query, row, values in zip(query_ids, indices, scores, strict=True):
-        kept = row >= 0
-        if exclude and exclude.get(query):
-            kept &= ~np.isin(ids[row].astype(str), list(exclude[query]))
-        kept_ids.append(ids[row[kept][:top_k]])
-        kept_scores.append(values[kept][:top_k])
-    return _make_run(list(query_ids), kept_ids, kept_scores, name)
+    results = {}
+    for query, row, values in zip(query_ids, indices.tolist(), _strictly_descending(scores).tolist(), strict=True):
+        left_out = exclude.get(query, ()) if exclude else ()
+        found = ((passage_ids[i], score) for i, score in zip(row, values, strict=True) if i >= 0)
+        results[query] = dict(islice(((p, score) for p, score in found if p not in left_out), top_k))
+    return results
 
 
 def _strictly_descending(scores: np.ndarray) -> np.ndarray:
@@ -242,19 +241,11 @@ def make_run(results: Mapping[str, Mapping[str, float]], name: str | None = None
     ranx compiles its code anew for every length that the longest id of a run has (10 to 20 seconds); here ids
     are held in arrays of one width.
     """
-    ids = [list(ranked) for ranked in results.values()]
-    return _make_run(list(results), ids, [list(ranked.values()) for ranked in results.values()], name)
-
-
-def _make_run(
-    query_ids: list[str], passage_ids: Sequence[Sequence[str]], scores: Sequence[Sequence[float]], name: str | None
-) -> ranx.Run:
-    if len(set(query_ids)) < len(query_ids):
-        raise ValueError("query ids must be unique")
     run = ranx.Run(name=name)
-    if query_ids:
-        values = TypedList([np.array(row, dtype=np.float64) for row in scores])
-        run.run = create_and_sort(TypedList(query_ids), id_arrays(passage_ids), values)
+    if results:
+        values = TypedList([np.array(list(ranked.values()), dtype=np.float64) for ranked in results.values()])
+        ids = id_arrays([list(ranked) for ranked in results.values()])
+        run.run = create_and_sort(TypedList(list(results)), ids, values)
         run.sorted = True
     return run
 
@@ -370,7 +361,7 @@ def search(
     # what is excluded must not cost a place
     more = max(map(len, exclude.values()), default=0) if exclude else 0
     scores, indices = rank(queries, passages, mode, top_k + more, max(depth or top_k, top_k) + more)
-    return to_run(scores, indices, query_ids, passage_ids, name or mode, exclude, top_k)
+    return make_run(to_results(scores, indices, query_ids, passage_ids, exclude, top_k), name or mode)
 
 
 def rank(

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import ranx
 
+from diffret_lib import scoring
 from diffret_lib.backbones import LoadedBackbone, adapter_sha, load_backbone
 from diffret_lib.cache import atomic_path, cache_dir, fingerprint, remembered
 from diffret_lib.collection import Collection, load_collection
@@ -157,16 +157,20 @@ class Study:
             collection.coverage, self.profile.top_k, more,
         )  # fmt: skip
 
-    def runs(self, retriever: Any, collection: Collection, modes: Sequence[str] | None = None) -> dict[str, ranx.Run]:
-        """Rankings of a retriever on a collection, one for each of its modes."""
+    def runs(
+        self, retriever: Any, collection: Collection, modes: Sequence[str] | None = None
+    ) -> dict[str, dict[str, dict[str, float]]]:
+        """Rankings of a retriever on a collection: mode (each that it has) to query id to passage id to score."""
         passages = self.encode(retriever, collection, "document")
         queries = self.encode(retriever, collection, "query")
-        return {
-            mode: retriever.search(
-                queries, passages, mode, self.profile.top_k, collection.query_ids, collection.passage_ids
-            )
-            for mode in modes or retriever.modes
-        }
+        return {mode: self.run(queries, passages, collection, mode) for mode in modes or retriever.modes}
+
+    def run(
+        self, queries: Representations, passages: Representations, collection: Collection, mode: str
+    ) -> dict[str, dict[str, float]]:
+        """The ranking of a collection's encoded passages for its encoded queries, to the profile's depth."""
+        scores, indices = scoring.rank(queries, passages, mode, self.profile.top_k)
+        return scoring.to_results(scores, indices, collection.query_ids, collection.passage_ids)
 
     def evaluate(
         self, system: System, collections: Sequence[Collection], runs: Path | None = None
@@ -210,14 +214,13 @@ class Study:
         folder = cache_dir() / "rankings" / key
         if folder.exists():
             return folder
-        qrels, values = collection.ranx_qrels(), {}
+        values = {}
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             for mode, run in self.runs(load(), collection).items():
-                scores = per_query(qrels, run, METRICS)
+                scores = per_query(collection.qrels, run, METRICS)
                 values[mode] = {metric: of_queries.tolist() for metric, of_queries in scores.items()}
-                run.name = _slug(f"{system.name} {system.training} {mode}")
-                save_run(run, temporary / f"{mode}.txt")
+                save_run(run, temporary / f"{mode}.txt", tag=_slug(f"{system.name} {system.training} {mode}"))
             (temporary / "values.json").write_text(json.dumps(values), encoding="utf-8")
         return folder
 
@@ -243,15 +246,12 @@ class Study:
     def _grid(
         self, collection: Collection, sides: Mapping[int, DiffRetriever], metrics: Sequence[str]
     ) -> pd.DataFrame:
-        qrels = collection.ranx_qrels()
         passages = {k: self.encode(r, collection, "document") for k, r in sides.items()}
         queries = {k: self.encode(r, collection, "query") for k, r in sides.items()}
         frames = []
         for kq, kp, mode in self._cells():
-            run = sides[kq].search(
-                queries[kq], passages[kp], mode, self.profile.top_k, collection.query_ids, collection.passage_ids
-            )
-            values = _long(per_query(qrels, run, metrics), collection)
+            run = self.run(queries[kq], passages[kp], collection, mode)
+            values = _long(per_query(collection.qrels, run, metrics), collection)
             frames.append(values.assign(k_query=kq, k_passage=kp, mode=mode))
         return pd.concat(frames, ignore_index=True)
 

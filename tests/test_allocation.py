@@ -28,7 +28,6 @@ from diffret_lib.allocation import (
     query_features,
 )
 from diffret_lib.retrievers import DiffRetriever
-from diffret_lib.scoring import make_run
 
 TEXTS = ["heap", "sorted copy of an array", "eigenvalues and right eigenvectors", "", "a binary tree for parents", "queue"]
 
@@ -99,7 +98,7 @@ def test_one_vector_is_no_spread(retriever):
 
 def test_gaps_by_hand():
     scores = {f"p{i}": float(s) for i, s in enumerate([9, 7, 6, 5, 5, 4, 3, 2, 1, 1, 0, 0])}
-    run = make_run({"a": scores, "b": {"p1": 1.0}, "c": {"p1": 2.0, "p2": 2.0}})
+    run = {"a": scores, "b": {"p1": 1.0}, "c": {"p1": 2.0, "p2": 2.0}}
     found = gap_features(run, ["c", "a", "b"])
     spread = np.std(list(scores.values()))
     np.testing.assert_allclose(found["gap_second"], [0, 2 / spread, 0])

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import ranx
 from scipy import stats
 
 from diffret_lib.evaluation import (
@@ -34,7 +35,7 @@ RUN = {
 
 
 def test_metrics_by_hand():
-    found = evaluate_run(make_qrels(QRELS), make_run(RUN))
+    found = evaluate_run(QRELS, RUN)
     assert found.query_ids == ["q1", "q2", "q3"] and tuple(found.per_query) == METRICS
     log2, log4 = math.log2(3), 2.0  # discounts of the ranks 2 and 3
     q1 = (1 + 2 / log4) / (2 + 1 / log2)
@@ -45,23 +46,34 @@ def test_metrics_by_hand():
     assert found.means["mrr@10"] == pytest.approx(4 / 9)
 
 
+def test_runs_and_qrels_of_ranx():
+    plain, theirs = per_query(QRELS, RUN), per_query(make_qrels(QRELS), make_run(RUN))
+    whole = ranx.evaluate(make_qrels(QRELS), make_run(RUN), list(METRICS), return_mean=False)
+    for metric in METRICS:
+        assert plain[metric].tolist() == theirs[metric].tolist()
+        np.testing.assert_allclose(plain[metric], whole[metric], rtol=1e-12)  # of the sorted queries
+    assert per_query(QRELS, RUN, ["ndcg@10"])["ndcg@10"].tolist() == plain["ndcg@10"].tolist()
+
+
+def test_of_equal_scores_the_first_named_is_first():
+    assert per_query({"q": {"b": 1}}, {"q": {"a": 1.0, "b": 1.0}}, ["mrr@10"])["mrr@10"] == [0.5]
+    assert per_query({"q": {"b": 1}}, {"q": {"b": 1.0, "a": 1.0}}, ["mrr@10"])["mrr@10"] == [1.0]
+
+
 def test_queries_without_results_count_and_foreign_ones_do_not():
-    run = make_run({"q1": {"c": 1.0}, "other": {"c": 1.0}})
-    values = per_query(make_qrels(QRELS), run, ["mrr@10"])
+    values = per_query(QRELS, {"q1": {"c": 1.0}, "other": {"c": 1.0}}, ["mrr@10"])
     assert values["mrr@10"].tolist() == [1.0, 0.0, 0.0]
-    assert sorted(run.keys()) == ["other", "q1"]  # as it was
-    empty = make_run({"q1": {}, "q2": {}, "q3": {"e": 1.0}})
-    assert per_query(make_qrels(QRELS), empty, ["mrr@10"])["mrr@10"].tolist() == [0.0, 0.0, 1.0]
+    empty = {"q1": {}, "q2": {}, "q3": {"e": 1.0}}
+    assert per_query(QRELS, empty, ["mrr@10"])["mrr@10"].tolist() == [0.0, 0.0, 1.0]
 
 
 def test_evaluation_errors():
-    qrels = make_qrels(QRELS)
     with pytest.raises(ValueError, match="cannot compute speed@10"):
-        evaluate_run(qrels, make_run(RUN), ["speed@10"])
+        evaluate_run(QRELS, RUN, ["speed@10"])
     with pytest.raises(ValueError, match="share no query.*'z1'.*'q1'"):
-        evaluate_run(qrels, make_run({"z1": {"a": 1.0}}))
+        evaluate_run(QRELS, {"z1": {"a": 1.0}})
     with pytest.raises(ValueError, match="no queries"):
-        evaluate_run(make_qrels({}), make_run(RUN))
+        evaluate_run({}, RUN)
 
 
 # -- tests
@@ -178,6 +190,8 @@ def test_run_round_trip(tmp_path):
     assert loaded.to_dict() == scores and loaded.name == "DiffRetriever_multi"
     assert list(loaded.run["q1"]) == ["a", "b"]
     assert load_run(tmp_path / "new" / "r.trec", name="x").name == "x"
+    save_run(dict(reversed(scores.items())), tmp_path / "plain.trec")
+    assert load_run(tmp_path / "plain.trec").to_dict() == scores and load_run(tmp_path / "plain.trec").name == "run"
     assert (tmp_path / "new" / "r.trec").read_text().splitlines()[0] == "q1 Q0 a 1 0.1 DiffRetriever_multi"
 
 
@@ -187,7 +201,7 @@ def test_run_round_trip(tmp_path):
 )  # fmt: skip
 def test_ids_that_the_format_cannot_hold(tmp_path, scores, message):
     with pytest.raises(ValueError, match=message):
-        save_run(make_run(scores), tmp_path / "r.trec")
+        save_run(scores, tmp_path / "r.trec")
     assert not list(tmp_path.iterdir())
 
 

@@ -31,7 +31,7 @@ from diffret_lib.finetuning import (
     training_summary,
 )
 from diffret_lib.profiles import load_profile
-from diffret_lib.study import Study, System
+from diffret_lib.study import Study
 
 WORDS = ["heap", "tree", "array", "axis", "sorted copy", "eigenvalues", "square", "parent", "children", "queue"]
 PAIR = (2, 2)

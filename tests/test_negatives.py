@@ -5,15 +5,14 @@ import pytest
 
 from diffret_lib.collection import Collection
 from diffret_lib.negatives import mine_hard_negatives, negatives_table
-from diffret_lib.scoring import make_run
 
 COLLECTION = Collection(
     "made", list("abcdef"), ["one", "two", "three", "four", "one", "six"], ["q1", "q2"], ["x", "y"],
     {"q1": {"a": 1, "b": 0}, "q2": {"c": 2, "d": 1}},
 )  # fmt: skip
 RUNS = {
-    "BM25": make_run({"q1": {"a": 9.0, "b": 8.0, "c": 7.0}, "q2": {"a": 3.0}}),
-    "DiffRetriever": make_run({"q1": {"e": 5.0, "c": 4.0, "d": 3.0}, "q2": {"d": 9.0, "f": 8.0, "b": 7.0}}),
+    "BM25": {"q1": {"a": 9.0, "b": 8.0, "c": 7.0}, "q2": {"a": 3.0}},
+    "DiffRetriever": {"q1": {"e": 5.0, "c": 4.0, "d": 3.0}, "q2": {"d": 9.0, "f": 8.0, "b": 7.0}},
 }
 
 
@@ -32,7 +31,7 @@ def test_rankings_take_turns_without_what_is_relevant():
 
 
 def test_filled_up_at_random():
-    few = {"BM25": make_run({"q1": {"b": 1.0}, "q2": {"a": 1.0}})}
+    few = {"BM25": {"q1": {"b": 1.0}, "q2": {"a": 1.0}}}
     orders = {tuple(mine_hard_negatives(COLLECTION, few, 3, seed=s)["passage_id"]) for s in range(8)}
     assert len(orders) > 1 and all((order[0], order[3]) == ("b", "a") for order in orders)
     sources = mine_hard_negatives(COLLECTION, few, 3)["source"].tolist()

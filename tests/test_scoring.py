@@ -6,7 +6,7 @@ import scipy.sparse as sp
 
 from diffret_lib import scoring
 from diffret_lib.representations import Representations
-from diffret_lib.scoring import hybrid_search, make_run, maxsim_search, search, single_search, sparse_search, to_run
+from diffret_lib.scoring import hybrid_search, make_run, maxsim_search, search, single_search, sparse_search, to_results
 
 
 def make(n: int, k: int, seed: int, h: int = 8, v: int = 40, least: int = 0) -> Representations:
@@ -239,7 +239,7 @@ def test_a_run_keeps_the_order_of_ties():
     scores = np.zeros((1, n))
     scores[0, :100] = 0.25
     indices = np.arange(n)[None]
-    run = to_run(scores, indices, ["q"], [f"p{i}" for i in range(n)])
+    run = make_run(to_results(scores, indices, ["q"], [f"p{i}" for i in range(n)]))
     assert list(run.run["q"]) == [f"p{i}" for i in range(n)]
     again = make_run({"q": dict(reversed(run.to_dict()["q"].items()))})
     assert list(again.run["q"]) == [f"p{i}" for i in range(n)]
@@ -256,15 +256,18 @@ def test_exclusion_costs_no_place():
         assert list(run["a"]) == list(whole["a"])[1:4] and list(run["b"]) == list(whole["b"])[:3]
 
 
-def test_to_run_checks():
+def test_to_results_checks():
     with pytest.raises(ValueError, match="do not fit"):
-        to_run(np.zeros((2, 1)), np.zeros((2, 1), int), ["a"], ["x"])
+        to_results(np.zeros((2, 1)), np.zeros((2, 1), int), ["a"], ["x"])
     with pytest.raises(ValueError, match="passage index 4, but there are 2"):
-        to_run(np.zeros((1, 1)), np.full((1, 1), 4), ["a"], ["x", "y"])
+        to_results(np.zeros((1, 1)), np.full((1, 1), 4), ["a"], ["x", "y"])
     with pytest.raises(ValueError, match="descending"):
-        to_run(np.array([[1.0, 2.0]]), np.array([[0, 1]]), ["a"], ["x", "y"])
+        to_results(np.array([[1.0, 2.0]]), np.array([[0, 1]]), ["a"], ["x", "y"])
     with pytest.raises(ValueError, match="unique"):
-        to_run(np.zeros((2, 1)), np.zeros((2, 1), int), ["a", "a"], ["x"])
+        to_results(np.zeros((2, 1)), np.zeros((2, 1), int), ["a", "a"], ["x"])
+    with pytest.raises(ValueError, match="passage ids must be unique"):
+        to_results(np.zeros((1, 1)), np.zeros((1, 1), int), ["a"], ["x", "x"])
     assert len(make_run({}).run) == 0
-    run = to_run(np.array([[2.0, 1.0, 0.0]]), np.array([[1, 0, -1]]), ["a"], ["x", "y" * 40], name="n")
-    assert run.to_dict() == {"a": {"y" * 40: 2.0, "x": 1.0}} and run.name == "n"
+    results = to_results(np.array([[2.0, 1.0, 0.0]]), np.array([[1, 0, -1]]), ["a"], ["x", "y" * 40])
+    assert results == {"a": {"y" * 40: 2.0, "x": 1.0}} and list(results["a"]) == ["y" * 40, "x"]
+    assert make_run(results, "n").to_dict() == results
