@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from diffret_lib.analysis import PAIR, per_query_best
 from diffret_lib.cache import remembered
 from diffret_lib.collection import Collection
-from diffret_lib.evaluation import holm, macro_randomization_p
+from diffret_lib.evaluation import Run, holm, macro_randomization_p
 from diffret_lib.readers import MaskedPositions
 from diffret_lib.retrievers import DiffRetriever
 from diffret_lib.study import METRIC, SELECTION_MODE, Study
@@ -96,7 +96,7 @@ def summaries(reader: MaskedPositions, hidden: torch.Tensor, logits: torch.Tenso
     return pd.DataFrame({name: v.double().cpu().numpy() for name, v in columns.items()}).assign(distinct=distinct)
 
 
-def gap_features(run: Mapping[str, Mapping[str, float]], query_ids: Sequence[str]) -> pd.DataFrame:
+def gap_features(run: Run, query_ids: Sequence[str]) -> pd.DataFrame:
     """Score gaps at the head of each query's ranking; columns gap_second, gap_tenth.
 
     0 where fewer than two passages are retrieved or all scores are equal.

@@ -16,7 +16,7 @@ from diffret_lib.collection import Collection, bm25_ndcg, lexical_overlap
 from diffret_lib.evaluation import holm, macro_interval, macro_randomization_p, per_query
 from diffret_lib.prompts import ENGLISH_STOP_WORDS, Task, content_words
 from diffret_lib.representations import Representations
-from diffret_lib.retrievers import Retriever
+from diffret_lib.retrievers import BM25, Retriever
 from diffret_lib.study import METRIC, MODES, SELECTION_MODE, TASKS, Study
 
 PAIR = ["k_query", "k_passage"]
@@ -31,12 +31,11 @@ def collections_table(study: Study) -> pd.DataFrame:
     def statistics(c: Collection) -> dict[str, Any]:
         return c.statistics() | lexical_overlap(c) | {"bm25_ndcg@10": bm25_ndcg(c)}
 
-    return pd.DataFrame(
-        remembered(
-            "statistics", fingerprint(STATISTICS_VERSION, c.fingerprint, c.coverage), lambda c=c: statistics(c)
-        )
-        for c in [study.train_collection, *study.test_collections]
-    )
+    rows = []
+    for c in [study.train_collection, *study.test_collections]:
+        key = fingerprint(STATISTICS_VERSION, BM25().fingerprint("document"), c.fingerprint, c.coverage)
+        rows.append(remembered("statistics", key, lambda c=c: statistics(c)) | {"collection": c.name})
+    return pd.DataFrame(rows)
 
 
 def heat_map(grid: pd.DataFrame, mode: str, metric: str = METRIC) -> pd.DataFrame:
@@ -186,7 +185,7 @@ def read_out_table(study: Study, counts: Sequence[int] = (1, 4)) -> pd.DataFrame
     for k in counts:
         for shifted in (True, False):
             retriever = study.diffretriever(k, k, shifted=shifted)
-            key = study.address(retriever, collection, READ_OUT_MODES)
+            key = study.address(retriever, collection, METRIC, READ_OUT_MODES)
             values = remembered("read_out", key, lambda retriever=retriever: _read_out(study, retriever, collection))
             rows.append({"read_out": "i - 1 (shifted)" if shifted else "i (not shifted)", "K": k} | values)
     return pd.DataFrame(rows)

@@ -13,12 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from ranx import Qrels
 
 _WORD = re.compile(r"\w+")
 
@@ -186,12 +183,6 @@ class Collection:
                 for i in keep_q
             },
         )
-
-    def ranx_qrels(self) -> Qrels:
-        """The judgements as ``ranx.Qrels``."""
-        from diffret_lib.evaluation import make_qrels
-
-        return make_qrels(self.qrels, self.name)
 
     def statistics(self) -> dict[str, Any]:
         """Sizes, relevant passages per query, mean lengths in words, coverage and fingerprint."""

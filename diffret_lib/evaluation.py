@@ -18,12 +18,11 @@ import numpy as np
 import pandas as pd
 import ranx
 from numba.typed import List as TypedList
-from ranx.data_structures.common import create_and_sort
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from diffret_lib.cache import atomic_path
-from diffret_lib.scoring import id_arrays, make_run
+from diffret_lib.scoring import make_run
 
 METRICS = ("ndcg@10", "mrr@10", "recall@100")
 Test = Literal["student", "fisher"]
@@ -49,12 +48,12 @@ class Evaluation:
         return {metric: float(values.mean()) for metric, values in self.per_query.items()}
 
 
-#: Query id to passage id to score (a run) or relevance (qrels): dicts, or ranx's own.
-Run = Mapping[str, Mapping[str, float]] | ranx.Run
-Qrels = Mapping[str, Mapping[str, int]] | ranx.Qrels
+#: Query id to passage id to score (a run) or to relevance (qrels).
+Run = Mapping[str, Mapping[str, float]]
+Qrels = Mapping[str, Mapping[str, int]]
 
 
-def evaluate_run(qrels: Qrels, run: Run, metrics: Sequence[str] = METRICS) -> Evaluation:
+def evaluate_run(qrels: Qrels | ranx.Qrels, run: Run | ranx.Run, metrics: Sequence[str] = METRICS) -> Evaluation:
     """Evaluate a run on every query of the qrels, by the metrics of :mod:`ranx`.
 
     ranx gets the ids as numbers: of ids as text it makes dicts whose code numba compiles anew in every process, some
@@ -93,30 +92,17 @@ def evaluate_run(qrels: Qrels, run: Run, metrics: Sequence[str] = METRICS) -> Ev
             best_first = sorted(named, key=named.get, reverse=True)
             rows.append(np.array([(numbers[p], named[p]) for p in best_first], float).reshape(-1, 2))
     try:
-        # twice, for a single metric by query is what ranx.evaluate fails on
-        values = ranx.evaluate(TypedList(judged), TypedList(retrieved), metrics * 2, return_mean=False)
+        # one metric is named twice: ranx.evaluate fails to return a single one by query
+        asked = metrics if len(metrics) > 1 else metrics * 2
+        values = ranx.evaluate(TypedList(judged), TypedList(retrieved), asked, return_mean=False)
     except (KeyError, ValueError, NotImplementedError) as error:
         raise ValueError(f"cannot compute {', '.join(metrics)}: {error}") from error
     return Evaluation(query_ids, {metric: np.asarray(values[metric], float) for metric in metrics})
 
 
-def per_query(qrels: Qrels, run: Run, metrics: Sequence[str] = METRICS) -> dict[str, np.ndarray]:
+def per_query(qrels: Qrels | ranx.Qrels, run: Run | ranx.Run, metrics: Sequence[str] = METRICS) -> dict[str, np.ndarray]:
     """Metric to per-query values, in the order of the sorted query ids; see :func:`evaluate_run`."""
     return evaluate_run(qrels, run, metrics).per_query
-
-
-def make_qrels(judgements: Mapping[str, Mapping[str, int]], name: str | None = None) -> ranx.Qrels:
-    """A :class:`ranx.Qrels` of query id to passage id to relevance, as ``ranx.Qrels(judgements)`` but faster at first.
-
-    See :func:`diffret_lib.scoring.make_run`.
-    """
-    qrels = ranx.Qrels(name=name)
-    if judgements:
-        relevance = TypedList([np.array(list(judged.values()), dtype=np.int64) for judged in judgements.values()])
-        ids = id_arrays([list(judged) for judged in judgements.values()])
-        qrels.qrels = create_and_sort(TypedList(list(judgements)), ids, relevance)
-        qrels.sorted = True
-    return qrels
 
 
 # -- comparison --------------------------------------------------------------------------------------------
@@ -312,7 +298,7 @@ def _flip_signs(differences: np.ndarray, resamples: int, seed: int) -> float:
 # -- runs on disk ------------------------------------------------------------------------------------------
 
 
-def save_run(run: Run, path: str | os.PathLike[str], tag: str | None = None) -> None:
+def save_run(run: Run | ranx.Run, path: str | os.PathLike[str], tag: str | None = None) -> None:
     """Write a run in TREC's format (``query Q0 passage rank score tag``), which cannot hold queries without results.
 
     The tag is by default the name of a ranx.Run, or ``run``; its whitespace is written as ``_``.

@@ -14,15 +14,16 @@ import pandas as pd
 
 from diffret_lib.cache import atomic_path, cache_dir, fingerprint
 from diffret_lib.collection import Collection, seeded_order
+from diffret_lib.evaluation import Run
 from diffret_lib.retrievers import BM25
-from diffret_lib.study import SELECTION_MODE, Study
+from diffret_lib.study import SELECTION_MODE, TASKS, Study
 
 #: Part of the cache's addresses: raise it when the same rankings would give other negatives.
 MINING_VERSION = 1
 RANDOM = "random"
 
 
-def mine_hard_negatives(collection: Collection, runs: Mapping[str, Mapping[str, Mapping[str, float]]], n: int, seed: int = 0) -> pd.DataFrame:
+def mine_hard_negatives(collection: Collection, runs: Mapping[str, Run], n: int, seed: int = 0) -> pd.DataFrame:
     """The n highest passages of each query that are not relevant, taken from the rankings in turn.
 
     Which ranking comes first changes from query to query.  Passages judged relevant, and passages of the same
@@ -91,8 +92,8 @@ def hard_negatives(
     """
     bm25, zero_shot = BM25(), study.diffretriever(*selected)
     key = fingerprint(
-        MINING_VERSION, collection.fingerprint, n, seed, study.profile.top_k, bm25.k1, bm25.b,
-        SELECTION_MODE, zero_shot.fingerprint("query"), zero_shot.fingerprint("document"),
+        MINING_VERSION, collection.fingerprint, n, seed, study.profile.top_k, SELECTION_MODE,
+        [retriever.fingerprint(task) for retriever in (bm25, zero_shot) for task in TASKS],
     )  # fmt: skip
     path = cache_dir() / "negatives" / f"{key}.jsonl"
     if not path.exists():

@@ -358,7 +358,7 @@ class BM25:
 
     def fingerprint(self, task: Task) -> str:
         """As :meth:`Retriever.fingerprint`."""
-        return fingerprint(ENCODING_VERSION, self.name, self.k1, self.b, bm25s.__version__)
+        return fingerprint(ENCODING_VERSION, self.name, self.k1, self.b, bm25s.__version__, Stemmer.version())
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[str]]:
         return bm25s.tokenize(

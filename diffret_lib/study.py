@@ -1,6 +1,6 @@
 """One run of the study: what a profile says, turned into encodings, runs and tables.
 
-Encodings are kept in a content-addressed cache.  Their address covers the backbone's weights, the reader's
+Encodings, rankings and their values are kept in a content-addressed cache.  An encoding's address covers the backbone's weights, the reader's
 settings (prompt side, K, truncation) and the texts, so that notebooks share them, a second run computes
 nothing, and a change of any of these computes anew.
 """
@@ -44,8 +44,8 @@ EVALUATION_VERSION = 1
 class System:
     """A system of the tables: a name, a retriever for it, its counts, and how it was trained for retrieval.
 
-    The retriever stands without the ``adapter`` (a PEFT folder) of a fine-tuned system, which is merged only when
-    something has to be encoded with it.
+    The retriever stands without the ``adapter`` (a PEFT folder) of a fine-tuned system: by itself it is the zero-shot
+    one.  :meth:`Study.evaluate` merges the adapter, and only when the ranking is not in the cache.
     """
 
     name: str
@@ -190,6 +190,11 @@ class Study:
         DataFrame
             Columns query_id, metric, value, collection, coverage, mode, training, system, family, k_query,
             k_passage.
+
+        Raises
+        ------
+        ValueError
+            For an id with whitespace, which TREC's format cannot hold.
         """
         load = cache(lambda: system.retriever.with_adapter(system.adapter) if system.adapter else system.retriever)
         frames = []
@@ -209,7 +214,7 @@ class Study:
 
     def _ranked(self, system: System, load: Callable[[], Any], collection: Collection) -> Path:
         """The cache's folder of a system's rankings of a collection (``<mode>.txt``) and their ``values.json``."""
-        about = system.name, system.training, adapter_sha(system.adapter), METRICS
+        about = system.name, system.training, adapter_sha(system.adapter), system.retriever.modes, METRICS
         key = self.address(system.retriever, collection, about)
         folder = cache_dir() / "rankings" / key
         if folder.exists():
@@ -241,7 +246,8 @@ class Study:
             EVALUATION_VERSION, [r.fingerprint(task) for r in sides.values() for task in TASKS],
             collection.fingerprint, collection.coverage, list(metrics), self.profile.top_k,
         )  # fmt: skip
-        return pd.DataFrame(remembered("grid", key, lambda: self._grid(collection, sides, metrics).to_dict("list")))
+        values = remembered("grid", key, lambda: self._grid(collection, sides, metrics).to_dict("list"))
+        return pd.DataFrame(values).assign(collection=collection.name, coverage=collection.coverage)
 
     def _grid(
         self, collection: Collection, sides: Mapping[int, DiffRetriever], metrics: Sequence[str]

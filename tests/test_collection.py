@@ -153,10 +153,6 @@ def test_bm25_ndcg_by_hand() -> None:
     assert bm25_ndcg(replace(best_first, queries=["the of"], qrels=all_relevant)) == 0  # no word is searched for
 
 
-def test_ranx_qrels(cats: Collection) -> None:
-    assert cats.ranx_qrels().to_dict() == cats.qrels
-
-
 def test_load_collection_names_what_there_is() -> None:
     with pytest.raises(FileNotFoundError, match="no collection 'nothing/here'.*pydocs/pandas-train"):
         load_collection("nothing/here")

@@ -18,7 +18,6 @@ from diffret_lib.evaluation import (
     macro_average,
     macro_interval,
     macro_randomization_p,
-    make_qrels,
     paired_p_value,
     per_query,
     save_qrels,
@@ -47,8 +46,8 @@ def test_metrics_by_hand():
 
 
 def test_runs_and_qrels_of_ranx():
-    plain, theirs = per_query(QRELS, RUN), per_query(make_qrels(QRELS), make_run(RUN))
-    whole = ranx.evaluate(make_qrels(QRELS), make_run(RUN), list(METRICS), return_mean=False)
+    plain, theirs = per_query(QRELS, RUN), per_query(ranx.Qrels(QRELS), make_run(RUN))
+    whole = ranx.evaluate(ranx.Qrels(QRELS), make_run(RUN), list(METRICS), return_mean=False)
     for metric in METRICS:
         assert plain[metric].tolist() == theirs[metric].tolist()
         np.testing.assert_allclose(plain[metric], whole[metric], rtol=1e-12)  # of the sorted queries

@@ -32,7 +32,7 @@ from diffret_lib.analysis import (
     zero_shot_table,
 )
 from diffret_lib.collection import Collection
-from diffret_lib.evaluation import METRICS
+from diffret_lib.evaluation import METRICS, per_query
 from diffret_lib.oracle import oracle_table, pair_distribution
 from diffret_lib.profiles import load_profile
 from diffret_lib.representations import Representations
@@ -222,20 +222,58 @@ def test_runs_on_disk_are_what_other_tools_read(world, tmp_path):
 
 
 def test_rankings_and_values_are_kept(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
     s, _ = world
-    systems = [s.systems((2, 2))[i] for i in (0, -1)]
-    first = [s.evaluate(system, s.test_collections, tmp_path / "first") for system in systems]
+    system, bm25 = s.systems((2, 2))[-1], s.systems((2, 2))[0]
+    first = [s.evaluate(x, s.test_collections, tmp_path / "first") for x in (system, bm25)]
+    for collection in s.test_collections:
+        for mode, run in s.runs(system.retriever, collection).items():
+            found = first[0][(first[0]["collection"] == collection.name) & (first[0]["mode"] == mode)]
+            for metric, values in per_query(collection.qrels, run).items():
+                assert found[found["metric"] == metric]["value"].tolist() == values.tolist()
     monkeypatch.setattr(Study, "runs", None)  # nothing is searched again
-    again = [s.evaluate(system, s.test_collections, tmp_path / "again") for system in systems]
+    again = [s.evaluate(x, s.test_collections, tmp_path / "again") for x in (system, bm25)]
     for a, b in zip(first, again, strict=True):
         pd.testing.assert_frame_equal(a, b, check_exact=True)
-    files = sorted(p.relative_to(tmp_path / "first") for p in (tmp_path / "first").rglob("*.txt"))
-    assert len(files) == 2 * (1 + 1 + 3)
-    for name in files:
+    names = sorted(p.relative_to(tmp_path / "first") for p in (tmp_path / "first").rglob("*.txt"))
+    assert len(names) == 2 * (1 + 3 + 1)
+    for name in names:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    other = replace(systems[0], retriever=retrievers.BM25(k1=0.5))
-    with pytest.raises(TypeError):  # another retriever is searched
-        s.evaluate(other, s.test_collections)
+    renamed = replace(s.test_collections[0], name="renamed")
+    assert set(s.evaluate(system, [renamed])["collection"]) == {"renamed"}
+    # what else the values depend on: then it is searched
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    (adapter / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(retrievers.Retriever, "with_adapter", lambda self, folder: self)
+    deeper = Study(s.profile.model_copy(update={"top_k": 3}), s._backbones, s._collections)
+    for study_, other in (
+        (s, replace(bm25, retriever=retrievers.BM25(k1=0.5))),
+        (s, replace(system, adapter=adapter)),
+        (deeper, system),
+    ):
+        with pytest.raises(TypeError):
+            study_.evaluate(other, s.test_collections)
+
+
+def test_cached_tables_have_the_collection_s_own_name(world):
+    s, _ = world
+    table = analysis.collections_table(s)
+    assert table["collection"].tolist() == [s.train_collection.name, *(c.name for c in s.test_collections)]
+    assert table["queries"].tolist() == [len(c.queries) for c in [s.train_collection, *s.test_collections]]
+    assert table["bm25_ndcg@10"].between(0, 1).all()
+    pd.testing.assert_frame_equal(analysis.collections_table(s), table)
+    renamed = replace(s.test_collections[0], name="renamed")
+    grid = s.grid(s.test_collections[0])
+    pd.testing.assert_frame_equal(s.grid(renamed), grid.assign(collection="renamed"))
+    read_out = analysis.read_out_table(s, counts=(2,))
+    pd.testing.assert_frame_equal(analysis.read_out_table(s, counts=(2,)), read_out)
+    assert read_out["read_out"].tolist() == ["i - 1 (shifted)", "i (not shifted)"]
+    by_hand = per_query(
+        s.development.qrels, s.runs(s.diffretriever(2, 2), s.development, ["hybrid"])["hybrid"], ["ndcg@10"]
+    )
+    assert read_out["hybrid"][0] == pytest.approx(by_hand["ndcg@10"].mean())
 
 
 def test_out_of_domain_leaves_the_training_package_out():
