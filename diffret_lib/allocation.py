@@ -131,7 +131,7 @@ def query_features(
         gaps = gap_features(study.runs(retriever, collection, [mode])[mode], ids)
         return pd.concat([masks, gaps], axis=1).to_dict("list")
 
-    key = study.address(retriever, collection, mode, list(FEATURES))
+    key = study.address([retriever], collection, mode, list(FEATURES))
     frame = pd.DataFrame(remembered("features", key, computed))
     frame.index = pd.MultiIndex.from_product([[collection.name], ids], names=_KEYS)
     return frame[list(FEATURES)].astype(float)

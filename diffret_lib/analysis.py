@@ -185,7 +185,7 @@ def read_out_table(study: Study, counts: Sequence[int] = (1, 4)) -> pd.DataFrame
     for k in counts:
         for shifted in (True, False):
             retriever = study.diffretriever(k, k, shifted=shifted)
-            key = study.address(retriever, collection, METRIC, READ_OUT_MODES)
+            key = study.address([retriever], collection, METRIC, READ_OUT_MODES)
             values = remembered("read_out", key, lambda retriever=retriever: _read_out(study, retriever, collection))
             rows.append({"read_out": "i - 1 (shifted)" if shifted else "i (not shifted)", "K": k} | values)
     return pd.DataFrame(rows)

@@ -274,27 +274,16 @@ def lexical_overlap(collection: Collection) -> dict[str, float]:
 
 
 def bm25_ndcg(collection: Collection, k: int = 10) -> float:
-    """nDCG@k of BM25 (bm25s defaults, English stop words, Snowball stems): how lexical a collection is."""
-    import bm25s
-    import Stemmer
+    """nDCG@k of :class:`~diffret_lib.retrievers.BM25`: how lexical a collection is."""
+    from diffret_lib import scoring
+    from diffret_lib.evaluation import per_query
+    from diffret_lib.retrievers import BM25
 
-    from diffret_lib.evaluation import evaluate_run
-
-    stemmer = Stemmer.Stemmer("english")
-
-    def tokens(texts: list[str]) -> Any:
-        return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, show_progress=False)
-
-    index = bm25s.BM25()
-    index.index(tokens(collection.passages), show_progress=False)
-    found, scores = index.retrieve(
-        tokens(collection.queries), k=min(k, len(collection.passages)), show_progress=False
-    )
-    run = {
-        query_id: {collection.passage_ids[int(i)]: float(s) for i, s in zip(row, row_scores, strict=True) if s > 0}
-        for query_id, row, row_scores in zip(collection.query_ids, found, scores, strict=True)
-    }
-    return evaluate_run(collection.qrels, run, [f"ndcg@{k}"]).means[f"ndcg@{k}"]
+    retriever = BM25()
+    passages = retriever.encode_passages(collection.passages)
+    ranked = scoring.rank(retriever.encode_queries(collection.queries), passages, "sparse", k)
+    run = scoring.to_results(*ranked, collection.query_ids, collection.passage_ids)
+    return float(per_query(collection.qrels, run, [f"ndcg@{k}"])[f"ndcg@{k}"].mean())
 
 
 def load_collection(name_or_path: str | Path, seed: int = 0) -> Collection:

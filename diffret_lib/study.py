@@ -1,8 +1,8 @@
 """One run of the study: what a profile says, turned into encodings, runs and tables.
 
-Encodings, rankings and their values are kept in a content-addressed cache.  An encoding's address covers the backbone's weights, the reader's
-settings (prompt side, K, truncation) and the texts, so that notebooks share them, a second run computes
-nothing, and a change of any of these computes anew.
+Encodings, rankings and their values are kept in a content-addressed cache.  An encoding's address covers the
+backbone's weights, the reader's settings (prompt side, K, truncation) and the texts, so that notebooks share them, a
+second run computes nothing, and a change of any of these computes anew.
 """
 
 from __future__ import annotations
@@ -150,12 +150,12 @@ class Study:
         key = fingerprint(retriever.fingerprint(task), texts)
         return encode(texts, output=cache_dir() / "encodings" / key[:2] / key)
 
-    def address(self, retriever: Any, collection: Collection, *more: Any) -> str:
-        """The address in the cache of what is computed from a retriever's rankings of a collection."""
+    def address(self, retrievers: Sequence[Any], collection: Collection, *more: Any) -> str:
+        """The address in the cache of what is computed from retrievers' rankings of a collection."""
+        sides = [retriever.fingerprint(task) for retriever in retrievers for task in TASKS]
         return fingerprint(
-            EVALUATION_VERSION, [retriever.fingerprint(task) for task in TASKS], collection.fingerprint,
-            collection.coverage, self.profile.top_k, more,
-        )  # fmt: skip
+            EVALUATION_VERSION, sides, collection.fingerprint, collection.coverage, self.profile.top_k, more
+        )
 
     def runs(
         self, retriever: Any, collection: Collection, modes: Sequence[str] | None = None
@@ -215,7 +215,7 @@ class Study:
     def _ranked(self, system: System, load: Callable[[], Any], collection: Collection) -> Path:
         """The cache's folder of a system's rankings of a collection (``<mode>.txt``) and their ``values.json``."""
         about = system.name, system.training, adapter_sha(system.adapter), system.retriever.modes, METRICS
-        key = self.address(system.retriever, collection, about)
+        key = self.address([system.retriever], collection, about)
         folder = cache_dir() / "rankings" / key
         if folder.exists():
             return folder
@@ -242,10 +242,7 @@ class Study:
             Columns collection, coverage, query_id, k_query, k_passage, mode, metric, value.
         """
         sides = {k: self.diffretriever(k, k) for k in self.profile.k_grid}
-        key = fingerprint(
-            EVALUATION_VERSION, [r.fingerprint(task) for r in sides.values() for task in TASKS],
-            collection.fingerprint, collection.coverage, list(metrics), self.profile.top_k,
-        )  # fmt: skip
+        key = self.address(list(sides.values()), collection, list(metrics))
         values = remembered("grid", key, lambda: self._grid(collection, sides, metrics).to_dict("list"))
         return pd.DataFrame(values).assign(collection=collection.name, coverage=collection.coverage)
 
