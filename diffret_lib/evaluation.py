@@ -87,7 +87,7 @@ def evaluate_run(qrels: Qrels | ranx.Qrels, run: Run | ranx.Run, metrics: Sequen
     judged, retrieved = [], []
     for query in query_ids:
         ranked = run.get(query, {})
-        numbers = {passage: float(i) for i, passage in enumerate(dict.fromkeys([*qrels[query], *ranked]))}
+        numbers = {passage: float(i) for i, passage in enumerate([*qrels[query], *ranked])}
         for rows, named in ((judged, qrels[query]), (retrieved, ranked)):
             best_first = sorted(named, key=named.get, reverse=True)
             rows.append(np.array([(numbers[p], named[p]) for p in best_first], float).reshape(-1, 2))

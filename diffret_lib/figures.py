@@ -9,13 +9,21 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from diffret_lib.analysis import heat_map, system_intervals
 from diffret_lib.study import METRIC, MODES
 
 _MODE_MARKERS = {"dense": "o", "sparse": "s", "hybrid": "D"}
+
+
+def _log_ticks(axis: Axis) -> None:
+    """Ticks at 1, 2, 5, 10, ... in plain numbers, for an axis of one or two decades."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def curves(log: dict) -> Figure:
@@ -55,7 +63,7 @@ def effectiveness(per_query: pd.DataFrame, collections: Sequence[str], resamples
     systems = list(dict.fromkeys(table["system"]))
     panels = list(dict.fromkeys(table["training"]))
     size = (1.5 + 5.5 * len(panels), 0.55 * len(systems) + 1.4)
-    fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(panels), figsize=size, sharex=True, sharey=True, squeeze=False)
     for ax, training in zip(axes[0], panels, strict=True):
         for offset, mode in zip((-0.22, 0.0, 0.22), MODES, strict=True):
             rows = table[(table["mode"] == mode) & (table["training"] == training)]
@@ -65,7 +73,8 @@ def effectiveness(per_query: pd.DataFrame, collections: Sequence[str], resamples
         ax.set(title=training, xlabel="macro nDCG@10, 95 % bootstrap interval over queries")
     axes[0, 0].set(yticks=range(len(systems)), yticklabels=systems)
     axes[0, 0].invert_yaxis()
-    axes[0, 0].legend()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, ncols=len(MODES), loc="outside upper center")
     return fig
 
 
@@ -80,7 +89,7 @@ def forest(comparisons: pd.DataFrame) -> Figure:
     ax.axvline(0, color="0.4", linewidth=0.8)
     ax.set(yticks=range(len(labels)), yticklabels=labels, xlabel="difference of nDCG@10, 95 % bootstrap interval")
     ax.tick_params(axis="y", labelsize=8)
-    ax.invert_yaxis()
+    ax.set_ylim(len(labels) - 0.4, -0.6)
     return fig
 
 
@@ -153,9 +162,7 @@ def claims_forest(tests: pd.DataFrame) -> Figure:
         ax.axvline(1 if "ratio" in unit else 0, color="0.4", linewidth=0.8)
         if "ratio" in unit:
             ax.set_xscale("log")
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.xaxis.set_major_formatter("{x:g}")
-            ax.xaxis.set_minor_locator(NullLocator())
+            _log_ticks(ax.xaxis)
         labels = [f"{r.id}  {r.comparison}" for r in rows.itertuples()]
         ax.set(yticks=range(len(rows)), yticklabels=labels, xlabel=f"{unit}, value and 95 % interval")
         ax.tick_params(axis="y", labelsize=8)
@@ -249,6 +256,7 @@ def latency_vectors(latency: pd.DataFrame) -> Figure:
             ax.fill_between(group["vectors"], group["q1_ms"], group["q3_ms"], color=line.get_color(), alpha=0.2)
         tokens = own["text_tokens"].iloc[0]
         ax.set(title=f"one {side} of {tokens} tokens", xlabel="vectors per text", ylim=(0, None))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_ylabel("latency (ms), median and quartiles")
     axes[0, 0].legend(fontsize=8)
     return fig
@@ -269,15 +277,23 @@ def latency_search(search: pd.DataFrame) -> Figure:
 
 
 def effectiveness_latency(table: pd.DataFrame) -> Figure:
-    """Effectiveness against the latency of a query (the paper's Figure 1); filled where fine-tuned."""
-    fig, ax = plt.subplots(figsize=(8.5, 4.8))
+    """Effectiveness against the latency of a query (the paper's Figure 1).
+
+    Fine-tuned points are filled and joined to the system's zero-shot point; its name stands over the upper of the two.
+    """
+    fig, ax = plt.subplots(figsize=(8.5, 5.2))
     names = [re.sub(r" \(N=\d+\)$", "", system) for system in table["system"]]
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(names))}
-    for name, row in zip(names, table.itertuples(), strict=True):
-        face = colours[name] if row.training == "fine-tuned" else "white"
-        look = {"color": colours[name], "markerfacecolor": face, "linestyle": ""}
-        ax.plot(row.latency_ms, row.ndcg, marker=_MODE_MARKERS[row.mode], markersize=8, **look)
-        ax.annotate(row.system, (row.latency_ms, row.ndcg), xytext=(7, 3), textcoords="offset points", fontsize=8)
+    for name, points in table.groupby(names, sort=False):
+        ax.plot(points["latency_ms"], points["ndcg"], color=colours[name], linewidth=1, alpha=0.6)
+        for row in points.itertuples():
+            face = colours[name] if row.training == "fine-tuned" else "white"
+            ax.plot(
+                row.latency_ms, row.ndcg, _MODE_MARKERS[row.mode], markersize=8, color=colours[name], markerfacecolor=face
+            )
+        upper = points.loc[points["ndcg"].idxmax()]
+        place = {"xytext": (3, 7), "textcoords": "offset points", "rotation": 35, "rotation_mode": "anchor"}
+        ax.annotate(name, (upper["latency_ms"], upper["ndcg"]), fontsize=9, **place)
     for mode in dict.fromkeys(table["mode"]):
         ax.plot([], [], _MODE_MARKERS[mode], color="0.3", markerfacecolor="white", label=mode)
     for training in dict.fromkeys(table["training"]):
@@ -285,9 +301,10 @@ def effectiveness_latency(table: pd.DataFrame) -> Figure:
         ax.plot([], [], "h", color="0.3", markerfacecolor=face, label=training)
     passages = table["indexed_passages"].max()
     ax.set(xscale="log", xlabel=f"latency of a query (ms): encoding, and search over {passages:,} passages")
-    ax.set(ylabel="macro nDCG@10, out of domain")
-    ax.margins(x=0.35, y=0.12)
-    ax.legend(fontsize=8)
+    _log_ticks(ax.xaxis)
+    ax.set(ylabel="macro nDCG@10, out of domain", ylim=(0, 1))
+    ax.margins(x=0.2)
+    ax.legend(fontsize=8, loc="lower right")
     return fig
 
 
@@ -303,6 +320,7 @@ def training_curves(table: pd.DataFrame) -> Figure:
             every = max(1, len(rows) // 12)
             style = {"marker": marker, "markevery": every, "markersize": 5, "linewidth": 1.2}
             ax.plot(rows["step"], rows[column], label=system, **style)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set(xlabel="step", ylabel="training loss (nats per query)")
     axes[1].set(xlabel="step", ylabel="nDCG@10, development collection")
     axes[1].legend(fontsize=8)

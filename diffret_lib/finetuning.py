@@ -336,6 +336,45 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def publish_adapter(trained: FinetunedSystem, folder: Path) -> Path:
+    """Write a trained adapter for others: its weights in bfloat16, half the size, with curve, recipe and a card.
+
+    Parameters
+    ----------
+    trained : FinetunedSystem
+    folder : Path
+        Replaced if it is there.
+
+    Returns
+    -------
+    Path
+        ``folder``: a PEFT adapter, for :meth:`diffret_lib.retrievers.Retriever.with_adapter`.
+    """
+    about = json.loads((trained.adapter.parent / "recipe.json").read_text(encoding="utf-8"))
+    with atomic_path(folder) as temporary:
+        shutil.copytree(trained.adapter.parent, temporary, ignore=shutil.ignore_patterns("adapter"))
+        shutil.copyfile(trained.adapter / "adapter_config.json", temporary / "adapter_config.json")
+        weights = load_file(trained.adapter / "adapter_model.safetensors")
+        halves = {name: weight.bfloat16() for name, weight in weights.items()}
+        save_file(halves, temporary / "adapter_model.safetensors", {"format": "pt"})
+        card = _CARD.format(system=trained.system, backbone=about["backbone"]["name"], counts=about["counts"] or "none")
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+_CARD = """---
+library_name: peft
+license: apache-2.0
+tags: [lora, information-retrieval]
+---
+# {system}, fine-tuned
+
+A LoRA adapter on `{backbone}` of diffret, trained by notebook 03: `recipe.json` has the recipe, the data's fingerprints
+and the reader's counts ({counts}), `curve.jsonl` the losses and nDCG@10 on the development collection. The weights are
+those of the training rounded to bfloat16. `with_adapter(folder)` of the retriever merges them into its backbone.
+"""
+
+
 class Measurement(BaseEvaluator):
     """nDCG@10 on the development collection, as the study measures it; hybrid where there is a sparse side."""
 

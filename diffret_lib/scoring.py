@@ -110,8 +110,10 @@ def sparse_search(
 
 def mean_vectors(side: Representations, rows: slice = slice(None)) -> np.ndarray:
     """Mean of each text's vectors, those that are there; float32 [n, H]."""
-    lengths = side.lengths[rows]
-    return _filled(side, rows).sum(1) / np.maximum(lengths, 1)[:, None].astype(np.float32)
+    vectors = _filled(side, rows)
+    if vectors.shape[1] == 1:
+        return vectors[:, 0]
+    return vectors.sum(1) / np.maximum(side.lengths[rows], 1)[:, None].astype(np.float32)
 
 
 def _filled(side: Representations, rows: slice = slice(None)) -> np.ndarray:

@@ -24,6 +24,7 @@ from diffret_lib.finetuning import (
     FinetunedSystem,
     finetune,
     learning_curves,
+    publish_adapter,
     step_order,
     systems,
     training_data,
@@ -201,6 +202,31 @@ def test_recipe_is_on_record(root):
     about = json.loads((finetune(study, "RepLLaMA", PAIR).adapter.parent / "recipe.json").read_text())
     assert (about["recipe"]["rank"], about["recipe"]["alpha"], about["recipe"]["temperature"]) == (16, 64, 0.01)
     assert about["recipe"]["steps"] == 5 and about["trainable_parameters"] > 0
+
+
+def test_published_adapter_is_the_trained_one_in_half_the_bytes(root, tmp_path):
+    study = make_study(root)
+    result = finetune(study, "DiffRetriever multi", PAIR)
+    for _ in range(2):  # what is there is replaced
+        folder = publish_adapter(result, tmp_path / "adapters" / "multi")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "curve.jsonl", "recipe.json",
+    ]  # fmt: skip
+    published, trained = weights(folder), weights(result.adapter)
+    assert published.keys() == trained.keys()
+    for name, weight in published.items():
+        assert weight.dtype == torch.bfloat16
+        torch.testing.assert_close(weight.float(), trained[name], rtol=2**-8, atol=1e-8)
+    assert (folder / "adapter_model.safetensors").stat().st_size < 0.6 * (
+        result.adapter / "adapter_model.safetensors"
+    ).stat().st_size
+    retriever = next(s for s in systems(study, PAIR) if s.name == "DiffRetriever multi").retriever
+    texts = study.train_collection.passages
+    exact, rounded, zero_shot = (
+        torch.from_numpy(np.asarray(r.encode_passages(texts, progress=False).dense)).flatten(1)
+        for r in (retriever.with_adapter(result.adapter), retriever.with_adapter(folder), retriever)
+    )
+    assert torch.cosine_similarity(exact, rounded).min() > 0.999 > torch.cosine_similarity(exact, zero_shot).min()
 
 
 class Interrupt(TrainerCallback):

@@ -462,7 +462,7 @@ def test_figures_of_a_study(world, evaluated):
     labelled(fig)
     fig = figures.effectiveness(evaluated, ["mine-test", "other"], 50, 0)
     assert len(fig.axes) == 1 and len(fig.axes[0].get_yticks()) == 7
-    assert [t.get_text() for t in fig.axes[0].get_legend().get_texts()] == list(MODES)
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == list(MODES)
     labelled(fig)
     comparisons = compare_systems(evaluated, COMPARISONS, ["mine-test", "other"], resamples=50, seed=0)
     fig = figures.forest(comparisons)
