@@ -36,8 +36,6 @@ MEMORY_SHARE = 0.25
 #: Passages of the index in the figure of effectiveness against latency, at most (the paper's 100K).
 INDEXED_PASSAGES = 100_000
 FORCED, ANSWERED = "forced", "as answered"
-#: Fewest rounds behind the ratios of claim 4: with fewer than six a median has no 95 % interval.
-LEAST_ROUNDS = 7
 #: Part of the address of what was measured: raise it when something else is measured under the same settings.
 MEASURING_VERSIONS = {"encoding_latency": 2, "search_latency": 3}
 
@@ -178,7 +176,7 @@ def encoding_latency(study: Study) -> pd.DataFrame:
         batch_size, q1_ms, median_ms, q3_ms, ratio (median), ratio_q1, ratio_q3, ratio_low, ratio_high (95 % interval
         of the median, nan for fewer than six rounds) and relative_to: within each round, to DiffRetriever K = 1 and
         to PromptReps single, of the same side, length and batch.  The curve of a query against the number of vectors
-        has at least :data:`LEAST_ROUNDS` rounds.
+        has the profile's ``query_repeats`` rounds.
     """
     p = study.profile.efficiency
     lengths = sorted(p.text_tokens)
@@ -191,7 +189,7 @@ def encoding_latency(study: Study) -> pd.DataFrame:
         systems = _systems(study, p.counts, tokens, curve == "vectors")
         texts = long_texts(study, tokens, batch)
         calls = {name: partial(_read, r, texts, side) for name, r in systems.items()}
-        rounds = max(p.repeats, LEAST_ROUNDS) if (curve, side) == ("vectors", "query") else p.repeats
+        rounds = p.query_repeats if (curve, side) == ("vectors", "query") else p.repeats
         times = _timed(calls, rounds, device)
         for name, values in times.items():
             system, family, vectors, decoding = name

@@ -155,6 +155,8 @@ class Efficiency(_Model):
         Vectors of the indexes that are searched.
     repeats : int
         Timed calls behind every median.
+    query_repeats : int
+        The same of a query against its number of vectors, on which claim 4 rests; fewer than six give no interval.
     """
 
     counts: list[Count] = Field(min_length=1, description=f"a list; each {_COUNT}")
@@ -162,6 +164,7 @@ class Efficiency(_Model):
     batch_sizes: list[Count] = Field(min_length=1, description=f"a list; each {_COUNT}")
     index_sizes: list[Count] = Field(min_length=1, description=f"a list; each {_COUNT}")
     repeats: Count = Field(description=_COUNT)
+    query_repeats: Count = Field(description=_COUNT)
 
 
 class Profile(_Model):

@@ -35,7 +35,8 @@ from tests.tiny import tiny_backbone
 @pytest.fixture(scope="module")
 def study(world):  # noqa: F811
     s, _ = world
-    settings = {"counts": [1, 4], "text_tokens": [8, 16], "batch_sizes": [1, 2], "index_sizes": [100, 10**9], "repeats": 2}
+    settings = {"counts": [1, 4], "text_tokens": [8, 16], "batch_sizes": [1, 2], "index_sizes": [100, 10**9], "repeats": 2,
+                "query_repeats": 7}
     profile = s.profile.model_copy(update={"efficiency": s.profile.efficiency.model_copy(update=settings)})
     return Study(profile, s._backbones, s._collections)
 
