@@ -357,7 +357,9 @@ def publish_adapter(trained: FinetunedSystem, folder: Path) -> Path:
         weights = load_file(trained.adapter / "adapter_model.safetensors")
         halves = {name: weight.bfloat16() for name, weight in weights.items()}
         save_file(halves, temporary / "adapter_model.safetensors", {"format": "pt"})
-        card = _CARD.format(system=trained.system, backbone=about["backbone"]["name"], counts=about["counts"] or "none")
+        counts = "".join(f", {name}={count}" for name, count in about["counts"].items())
+        reader = trained.system.split()[0]
+        card = _CARD.format(system=trained.system, backbone=about["backbone"]["name"], reader=reader, counts=counts)
         (temporary / "README.md").write_text(card, encoding="utf-8")
     return folder
 
@@ -369,9 +371,13 @@ tags: [lora, information-retrieval]
 ---
 # {system}, fine-tuned
 
-A LoRA adapter on `{backbone}` of diffret, trained by notebook 03: `recipe.json` has the recipe, the data's fingerprints
-and the reader's counts ({counts}), `curve.jsonl` the losses and nDCG@10 on the development collection. The weights are
-those of the training rounded to bfloat16. `with_adapter(folder)` of the retriever merges them into its backbone.
+A LoRA adapter on `{backbone}` of diffret, trained by notebook 03. The weights are those of the
+training, rounded to bfloat16. `recipe.json` has the recipe, the fingerprints of the data and what the reader was set
+to, `curve.jsonl` the losses and nDCG@10 on the development collection.
+
+```python
+retriever = {reader}("{backbone}"{counts}).with_adapter("path/of/this/folder")
+```
 """
 
 

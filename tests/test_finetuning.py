@@ -212,6 +212,7 @@ def test_published_adapter_is_the_trained_one_in_half_the_bytes(root, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "curve.jsonl", "recipe.json",
     ]  # fmt: skip
+    assert 'DiffRetriever("tiny-diffusion", k_query=2, k_passage=2).with_adapter(' in (folder / "README.md").read_text()
     published, trained = weights(folder), weights(result.adapter)
     assert published.keys() == trained.keys()
     for name, weight in published.items():
