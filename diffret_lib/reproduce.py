@@ -26,12 +26,15 @@ import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import nbformat
 import papermill
 import yaml
 import zmq
+from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
@@ -238,12 +241,35 @@ def _relative(path: str | Path, folder: Path) -> str:
     return Path(os.path.relpath(Path(path).expanduser().absolute(), folder)).as_posix()
 
 
+class _ShellChannel(AsyncZMQSocketChannel):
+    """The kernel's replies, looked for again every second.
+
+    A message that is sent over the socket (as nbclient does for widgets) takes away the signal of a reply that came in
+    the same moment; the library waits for that signal alone, and so for ever.
+    """
+
+    seconds = 1.0
+
+    async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:
+        while timeout is None:
+            try:
+                return await super().get_msg(self.seconds)
+            except Empty:
+                continue
+        return await super().get_msg(timeout)
+
+
+class _Client(AsyncKernelClient):
+    shell_channel_class = _ShellChannel
+
+
 def _kernel_manager(measured: dict[str, int]) -> type[AsyncKernelManager]:
     """A manager whose kernel is this interpreter, and that reads the kernel's peak memory before it ends it."""
 
     class ThisInterpreter(AsyncKernelManager):
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
+            self.client_factory = _Client
             if self.has_trait("transport_encryption") and zmq.has("curve"):
                 self.transport_encryption = "auto"  # else the kernel warns of it in every notebook
 

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
 import pytest
+import zmq
+import zmq.asyncio
+from jupyter_client.session import Session
 
 from diffret_lib import reproduce
-from diffret_lib.reproduce import ParameterError, main, run_notebook
+from diffret_lib.reproduce import ParameterError, _kernel_manager, _ShellChannel, main, run_notebook
 
 ROOT = Path(reproduce.__file__).resolve().parents[1]
 PARAMETERS = 'profile = "embedded"\ncollection = None\nresults_root = None\nk = 1'
@@ -163,3 +168,35 @@ def test_large_html_is_named_for_git(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "LARGE_HTML", 100)
     reproduce._ignore_large(page)
     assert not (tmp_path / ".gitignore").exists()
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_a_reply_is_found_though_a_message_was_sent_in_the_same_moment(sent, monkeypatch):
+    monkeypatch.setattr(_ShellChannel, "seconds", 0.05)
+
+    async def answered() -> str:
+        context, session = zmq.asyncio.Context(), Session(key=b"secret")
+        kernel = zmq.Context.shadow(context.underlying).socket(zmq.ROUTER)
+        port = kernel.bind_to_random_port("tcp://127.0.0.1")
+        socket = context.socket(zmq.DEALER)
+        socket.connect(f"tcp://127.0.0.1:{port}")
+        channel = _ShellChannel(socket, session)
+        try:
+            channel.send(session.msg("request", {}))
+            who, *_ = await asyncio.to_thread(kernel.recv_multipart)
+            waiting = asyncio.create_task(channel.get_msg())
+            await asyncio.sleep(0.02)
+            session.send(kernel, "reply", {}, ident=who)
+            time.sleep(0.05)  # the reply is there, and the loop has not seen it
+            if sent:
+                channel.send(session.msg("another", {}))
+            return (await asyncio.wait_for(waiting, 5))["msg_type"]
+        finally:
+            channel.close()
+            kernel.close(0)
+
+    assert asyncio.run(answered()) == "reply"
+
+
+def test_the_kernel_s_client_looks_again():
+    assert _kernel_manager({})().client().shell_channel_class is _ShellChannel
