@@ -221,7 +221,8 @@ def claim4_ratios(encoding: pd.DataFrame, counts: Sequence[int]) -> pd.DataFrame
         vectors_b and decoding.
     """
     latency = encoding[(encoding["curve"] == "vectors") & (encoding["side"] == "query")]
-    masks = latency[(latency["system"] == "DiffRetriever") & (latency["vectors"] == max(counts))]
+    masks = latency[(latency["system"] == "DiffRetriever") & (latency["vectors"] > min(counts))]
+    masks = masks.sort_values("vectors", ascending=False)
     decoded = latency[(latency["system"] == "PromptReps multi") & latency["vectors"].isin([1 + max(counts), 5])]
     rows = [(f"DiffRetriever K={row.vectors} / K={min(counts)}", row, min(counts)) for row in masks.itertuples()]
     rows += [
