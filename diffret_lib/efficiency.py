@@ -51,7 +51,7 @@ def measured(study: Study, measure: Callable[..., pd.DataFrame], *arguments: Any
     key = fingerprint(
         MEASURING_VERSIONS.get(name), torch.get_num_threads(), name, list(arguments), p.efficiency.model_dump(),
         p.seed, backbones, versions(),
-        {name: machine[name] for name in ("cpu", "cores_usable", "gpu", "system")},
+        {part: machine[part] for part in ("cpu", "cores_usable", "gpu", "system")},
         [c.fingerprint for c in study.test_collections[:1]],
     )  # fmt: skip
     return pd.DataFrame(remembered("latency", key, lambda: measure(study, *arguments).to_dict("list")))

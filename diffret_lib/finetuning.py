@@ -46,7 +46,7 @@ from diffret_lib.negatives import hard_negatives
 from diffret_lib.profiles import Development, Profile, Sample, Training
 from diffret_lib.retrievers import DiffEmbed, DiffRetriever, PromptReps, RepLLaMA, Retriever
 from diffret_lib.scoring import rank, to_results
-from diffret_lib.study import METRIC, Study, System
+from diffret_lib.study import METRIC, Study, System, slug
 
 SYSTEMS = (
     "DiffRetriever single", "DiffRetriever multi", "DiffEmbed", "PromptReps single", "PromptReps multi", "RepLLaMA",
@@ -336,20 +336,22 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def publish_adapter(trained: FinetunedSystem, folder: Path) -> Path:
+def publish_adapter(trained: FinetunedSystem, parent: Path) -> Path:
     """Write a trained adapter for others: its weights in bfloat16, half the size, with curve, recipe and a card.
 
     Parameters
     ----------
     trained : FinetunedSystem
-    folder : Path
-        Replaced if it is there.
+    parent : Path
+        Folder of the adapters.
 
     Returns
     -------
     Path
-        ``folder``: a PEFT adapter, for :meth:`diffret_lib.retrievers.Retriever.with_adapter`.
+        ``parent/<system>``, replaced if it was there: a PEFT adapter, for
+        :meth:`diffret_lib.retrievers.Retriever.with_adapter`.
     """
+    folder = parent / slug(trained.system)
     about = json.loads((trained.adapter.parent / "recipe.json").read_text(encoding="utf-8"))
     with atomic_path(folder) as temporary:
         shutil.copytree(trained.adapter.parent, temporary, ignore=shutil.ignore_patterns("adapter"))

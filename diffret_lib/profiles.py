@@ -2,8 +2,8 @@
 
 A profile names the backbones, the collections and how much of them is searched, the grid of vector counts
 and the sizes of everything that costs time.  ``notebooks/profiles/`` holds ``embedded`` (the default, on a
-laptop), ``embedded-long`` (larger samples to test on, a longer training), ``embedded-full`` (whole collections) and ``smoke``
-(the same code on next to nothing).  A file is checked as a whole when it is loaded: :class:`ProfileError` names the
+laptop), ``embedded-long`` (larger samples to test on, a longer training), ``embedded-full`` (whole collections) and
+``smoke`` (the same code on next to nothing).  A file is checked as a whole when it is loaded: :class:`ProfileError` names the
 file, every key that is wrong and what that key may be.
 
 >>> from diffret_lib.profiles import load_profile

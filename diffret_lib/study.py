@@ -204,10 +204,10 @@ class Study:
             frames += [_long(of_mode, collection).assign(mode=mode) for mode, of_mode in values.items()]
             if runs is None:
                 continue
-            folder = runs / _slug(collection.name.removeprefix("pydocs/"))
+            folder = runs / slug(collection.name.removeprefix("pydocs/"))
             save_qrels(collection.qrels, folder / "qrels.txt")
             for mode in values:
-                with atomic_path(folder / f"{_slug(system.name)}.{system.training}.{mode}.txt") as temporary:
+                with atomic_path(folder / f"{slug(system.name)}.{system.training}.{mode}.txt") as temporary:
                     shutil.copyfile(ranked / f"{mode}.txt", temporary)
         names = {name: getattr(system, name) for name in ("training", "family", "k_query", "k_passage")}
         return pd.concat(frames, ignore_index=True).assign(system=system.name, **names)
@@ -225,7 +225,7 @@ class Study:
             for mode, run in self.runs(load(), collection).items():
                 scores = per_query(collection.qrels, run, METRICS)
                 values[mode] = {metric: of_queries.tolist() for metric, of_queries in scores.items()}
-                save_run(run, temporary / f"{mode}.txt", tag=_slug(f"{system.name} {system.training} {mode}"))
+                save_run(run, temporary / f"{mode}.txt", tag=slug(f"{system.name} {system.training} {mode}"))
             (temporary / "values.json").write_text(json.dumps(values), encoding="utf-8")
         return folder
 
@@ -289,7 +289,7 @@ def _long(values: dict[str, np.ndarray], collection: Collection) -> pd.DataFrame
     return pd.concat(frames, ignore_index=True).assign(collection=collection.name, coverage=collection.coverage)
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     """A name for files: lower case, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", Path(name).name.lower()).strip("-")
 

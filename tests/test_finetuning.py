@@ -208,7 +208,8 @@ def test_published_adapter_is_the_trained_one_in_half_the_bytes(root, tmp_path):
     study = make_study(root)
     result = finetune(study, "DiffRetriever multi", PAIR)
     for _ in range(2):  # what is there is replaced
-        folder = publish_adapter(result, tmp_path / "adapters" / "multi")
+        folder = publish_adapter(result, tmp_path / "adapters")
+    assert folder == tmp_path / "adapters" / "diffretriever-multi"
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "curve.jsonl", "recipe.json",
     ]  # fmt: skip
