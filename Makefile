@@ -1,139 +1,112 @@
 # diffret: `make help` says what there is. GNU make 3.81 or later.
 
-PROFILE    ?= embedded
-COLLECTION ?=
-ARGS       ?=
-PYTHONS    := python3.11 python3.12 python3.13 python3 python
+# What is given on the command line or in the environment is data: `value` and `:=` keep make from expanding it, and
+# recipes read it from the shell's environment, so that no quote, space, semicolon or dollar in it is ever run.
+$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$(eval override $v := $$(value $v))))
+override PROFILE     := $(or $(value PROFILE),embedded)
+override COLLECTION  := $(value COLLECTION)
+override ARGS        := $(value ARGS)
+override PYTHON      := $(value PYTHON)
+override VIRTUAL_ENV := $(value VIRTUAL_ENV)
+override CONDA       := $(if $(filter base,$(value CONDA_DEFAULT_ENV)),,$(value CONDA_PREFIX))
+export PROFILE COLLECTION ARGS PYTHON
 
 # An active environment is used as it is (conda's `base` does not count); otherwise .venv is made from the lock.
-ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter base,$(CONDA_DEFAULT_ENV)),,$(CONDA_PREFIX)))
-ifeq ($(strip $(ACTIVE)),)
-PY := $(CURDIR)/.venv/bin/python
-else
-PY := $(or $(wildcard $(ACTIVE)/bin/python),python)
-endif
+ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA))
+override PY := $(or $(ACTIVE),$(CURDIR)/.venv)/bin/python
+export ACTIVE PY
 
-# What a notebook's result depends on. Stamps live in build/, which git ignores: a fresh clone has none and runs
-# everything, whatever the times of its files; a second run finds them and does nothing.
 NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
-LIBRARY   := $(shell find diffret_lib -type f ! -name appendix.py \( -name '*.py' -o -name '*.yaml' -o -name '*.json' -o -name '*.safetensors' \))
-EXTRA     := $(if $(COLLECTION),$(wildcard $(COLLECTION)/*.jsonl $(COLLECTION)/qrels/*.tsv))
-STAMPS    := build/$(PROFILE)
-DONE      := $(NOTEBOOKS:%=$(STAMPS)/%.done)
+PROFILES  := $(sort $(basename $(notdir $(wildcard notebooks/profiles/*.yml))))
+KNOWN     := $(if $(filter 1,$(words $(PROFILE))),$(filter $(PROFILES),$(PROFILE)))
+BUILD     := build/$(KNOWN)
+
+# A notebook's kernel is the environment's own, whatever kernels and packages else are on the machine.
+KERNEL = PYTHONPATH="$$PWD$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONHASHSEED=0 PYTHONUTF8=1 JUPYTER_PREFER_ENV_PATH=1 \
+	JUPYTER_PATH= MPLBACKEND=module://matplotlib_inline.backend_inline
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce smoke appendix test lab clean distclean env profile FORCE
+.PHONY: help reproduce smoke appendix test lab clean distclean env profile run
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.SECONDEXPANSION:
 
 help: ## this text
-	@echo "usage: make TARGET [PROFILE=embedded] [COLLECTION=path/of/a/BEIR/folder]"
+	@echo "usage: make TARGET [PROFILE=embedded] [COLLECTION=path/of/a/BEIR/folder[:split]]"
 	@echo
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "profiles: $(basename $(notdir $(wildcard notebooks/profiles/*.yml)))"
+	@echo "profiles: $(PROFILES)"
 	@echo "Outside a conda or virtual environment the first target that needs one makes .venv (Python 3.11 to 3.13)."
 
-reproduce: profile env $(DONE) ## run the notebooks into results/PROFILE/ (those that are out of date)
-	@echo "results/$(PROFILE) is up to date"
+reproduce: profile env ## run the notebooks into results/PROFILE/ (those that are out of date)
+	@PYTHONPATH="$$PWD" "$$PY" scripts/start_run.py "$(MAKE)" --no-print-directory run
 
 smoke: ## the same notebooks on next to nothing, into results/smoke/
-	@$(MAKE) --no-print-directory reproduce PROFILE=smoke
+	@"$(MAKE)" --no-print-directory reproduce PROFILE=smoke
 
 appendix: profile env ## the executed notebooks as HTML pages, into results/PROFILE/appendix/
-	@$(PY) -m diffret_lib.appendix --profile $(PROFILE)
+	@PYTHONPATH="$$PWD" "$$PY" scripts/appendix/build.py results/$(KNOWN)
 
 test: env ## run the tests (ARGS="-k name" for some)
-	@$(PY) -m pytest -q $(ARGS)
+	@"$$PY" scripts/environment.py run -m pytest -q
 
 lab: env ## open JupyterLab in notebooks/ with the kernel ready
-	@cd notebooks && JUPYTER_PREFER_ENV_PATH=1 PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" \
-		$(PY) -m jupyterlab $(ARGS)
+	@$(KERNEL); export PYTHONPATH JUPYTER_PREFER_ENV_PATH; \
+		cd notebooks && "$$PY" ../scripts/environment.py run -m jupyterlab
 
 clean: ## remove stamps, caches of tools and results/smoke (keeps .venv, other results and the encodings)
-	@rm -rf build results/smoke .pytest_cache .ruff_cache diffret.egg-info
-	@find diffret_lib tests notebooks benchmarks \( -name __pycache__ -o -name .ipynb_checkpoints \) \
+	@rm -rf build results/smoke .pytest_cache .ruff_cache .import_linter_cache .hypothesis diffret.egg-info
+	@find diffret_lib tests notebooks benchmarks scripts \( -name __pycache__ -o -name .ipynb_checkpoints \) \
 		-prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean ## clean, and remove .venv
 	@rm -rf .venv
 
+# -- the notebooks -------------------------------------------------------------------------------------------
+# scripts/start_run.py writes NAME.inputs, a hash of all that a notebook depends on, newer than NAME.done when that is
+# not the outcome of just these inputs; scripts/keep_notebook.py writes NAME.done.  Both are in build/, which git
+# ignores: a fresh clone runs everything, and a second run does nothing.
+
+run: $(NOTEBOOKS:%=$(BUILD)/%.done)
+	@echo "results/$(KNOWN) is up to date"
+
 # Which notebook reads what another one found.
-$(STAMPS)/03_training.done: $(STAMPS)/02_mask_count.done
-$(STAMPS)/04_evaluation.done: $(STAMPS)/03_training.done
-$(STAMPS)/05_per_query_optimal_k.done: $(STAMPS)/04_evaluation.done
-$(STAMPS)/06_efficiency.done: $(STAMPS)/04_evaluation.done
-$(STAMPS)/07_claims.done: $(STAMPS)/05_per_query_optimal_k.done $(STAMPS)/06_efficiency.done
-$(STAMPS)/90_explore.done: $(STAMPS)/02_mask_count.done
+$(BUILD)/03_training.done: $(BUILD)/02_mask_count_ablation.done
+$(BUILD)/04_evaluation.done: $(BUILD)/03_training.done
+$(BUILD)/05_per_query_optimal_k.done: $(BUILD)/04_evaluation.done
+$(BUILD)/06_efficiency.done: $(BUILD)/04_evaluation.done
+$(BUILD)/07_claims.done: $(BUILD)/05_per_query_optimal_k.done $(BUILD)/06_efficiency.done
+$(BUILD)/90_explore.done: $(BUILD)/02_mask_count_ablation.done
 
-# The stamp has the time at which the run began, so that an edit made meanwhile counts.
-$(STAMPS)/%.done: notebooks/%.ipynb $(LIBRARY) notebooks/profiles/$(PROFILE).yml requirements.lock $(EXTRA) \
-		$(STAMPS)/collection $$(if $$(wildcard results/$(PROFILE)/notebooks/$$*.ipynb),,FORCE) | profile env
-	@touch $@.begun
-	@echo "== $* ($(PROFILE))"
-	@$(PY) -m diffret_lib.reproduce $* --profile $(PROFILE) $(if $(COLLECTION),--collection "$(COLLECTION)")
-	@mv $@.begun $@
-
-# Changes when COLLECTION does.
-$(STAMPS)/collection: FORCE | profile
-	@mkdir -p $(@D)
-	@echo "$(COLLECTION)" | cmp -s - $@ || echo "$(COLLECTION)" > $@
-
-notebooks/profiles/$(PROFILE).yml: | profile ;
+# NAME.plain.ipynb is there when papermill could not read the notebook as it is (a byte-order mark).
+$(BUILD)/%.done: $(BUILD)/%.inputs
+	@echo "== $* ($(KNOWN))"
+	@rm -f $(BUILD)/$*.ipynb $(BUILD)/$*.peak && touch $(BUILD)/$*.begun
+	@$(KERNEL) DIFFRET_PEAK_FILE="$$PWD/$(BUILD)/$*.peak" "$$PY" -m papermill \
+		$(or $(wildcard $(BUILD)/$*.plain.ipynb),notebooks/$*.ipynb) $(BUILD)/$*.ipynb \
+		-f notebooks/profiles/$(KNOWN).yml $${COLLECTION:+-r collection "$$COLLECTION"} \
+		--cwd notebooks -k python3 -l python; \
+	status=$$?; PYTHONPATH="$$PWD" "$$PY" scripts/keep_notebook.py $(KNOWN) $* $$status
 
 profile:
-	@test -f "notebooks/profiles/$(PROFILE).yml" || { \
-		echo "error: there is no profile '$(PROFILE)'; PROFILE may be:" \
-			"$(basename $(notdir $(wildcard notebooks/profiles/*.yml)))" >&2; exit 1; }
+ifeq ($(KNOWN),)
+	@printf 'error: there is no profile "%s"; PROFILE may be: $(PROFILES)\n' "$$PROFILE" >&2; exit 1
+endif
 
-FORCE:
-
-# The environment: .venv from the lock, made again when the lock's content changes or its Python is gone.
+# -- the environment: .venv from the lock, made again when the lock's content changes or its Python is gone --
+env:
 ifeq ($(strip $(ACTIVE)),)
-env:
-	@if cmp -s requirements.lock .venv/installed.lock && $(PY) -c pass 2>/dev/null; then exit 0; fi; \
-	for python in $(PYTHON) $(if $(PYTHON),,$(PYTHONS)); do \
+	@cmp -s requirements.lock .venv/installed.lock && "$$PY" -c pass 2>/dev/null && exit 0; \
+	if [ -n "$$PYTHON" ]; then set -- "$$PYTHON"; else set -- python3.11 python3.12 python3.13 python3 python; fi; \
+	for python; do \
 		if "$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
-			2>/dev/null; then found="$$python"; break; fi; \
+			2>/dev/null; then exec "$$python" scripts/environment.py make; fi; \
 	done; \
-	if [ -z "$${found:-}" ]; then \
-		echo "error: no Python 3.11, 3.12 or 3.13 with the venv module (tried:" \
-			"$(or $(PYTHON),$(PYTHONS))). Install one, name one (make PYTHON=/path/of/python3.11 ...)," \
-			"or use conda: conda env create -f environment.yml && conda activate diffret" >&2; \
-		exit 1; \
-	fi; \
-	echo "making .venv from requirements.lock with $$("$$found" --version), some minutes the first time"; \
-	"$$found" -m venv --clear .venv && \
-	$(PY) -m pip install -qq --disable-pip-version-check -r requirements.lock && \
-	$(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e . && \
-	cp requirements.lock .venv/installed.lock
+	echo "error: no Python 3.11, 3.12 or 3.13 with the venv module (tried: $$*). Install one, name one" \
+		"(make PYTHON=/path/of/python3.11 ...), or use conda: conda env create -f environment.yml &&" \
+		"conda activate diffret" >&2; exit 1
 else
-define CHECK_LOCK
-import re, sys
-from importlib import metadata
-
-if not (3, 11) <= sys.version_info[:2] < (3, 14):
-    sys.exit(f"error: Python 3.11 to 3.13 is needed, the active environment has {sys.version.split()[0]}")
-missing, other = [], []
-for line in open("requirements.lock", encoding="utf-8"):
-    if pin := re.match(r"([\w.-]+)==([\w.]+)", line):
-        try:
-            if (found := metadata.version(pin[1]).split("+")[0]) != pin[2]:
-                other.append(f"{pin[1]} {found} (lock: {pin[2]})")
-        except metadata.PackageNotFoundError:
-            missing.append(pin[1])
-if missing:
-    sys.exit(
-        f"error: the active environment ({sys.prefix}) lacks {len(missing)} packages of requirements.lock: "
-        f"{', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}\n"
-        "Install them:   python -m pip install -r requirements.lock && python -m pip install --no-deps -e .\n"
-        "or deactivate the environment: make then makes its own .venv."
-    )
-if other:
-    print(f"note: {len(other)} packages are not as in requirements.lock: {', '.join(other[:4])}", file=sys.stderr)
-endef
-export CHECK_LOCK
-env:
-	@$(PY) -c "$$CHECK_LOCK"
+	@test -x "$$PY" || { printf 'error: the active environment (VIRTUAL_ENV or CONDA_PREFIX) is "%s", which has no %s\n' \
+		"$$ACTIVE" bin/python >&2; exit 1; }
+	@"$$PY" scripts/environment.py check
 endif

@@ -21,16 +21,16 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from diffret_lib.backbones import AdapterSource, LoadedBackbone, get_backbone, load_backbone
 from diffret_lib.cache import atomic_path
-from diffret_lib.collection import load_collection
-from diffret_lib.efficiency import interleaved
-from diffret_lib.profiles import K_GRID
-from diffret_lib.reporting import hardware
-from diffret_lib.representations import Representations
-from diffret_lib.retrievers import DiffEmbed, DiffRetriever, PromptReps, Retriever
+from diffret_lib.config import K_GRID
+from diffret_lib.data import load_collection
+from diffret_lib.environment import hardware
+from diffret_lib.experiments.efficiency import interleaved
+from diffret_lib.models.backbones import LoadedBackbone, get_backbone, load_backbone
+from diffret_lib.retrieval.representations import Representations
+from diffret_lib.retrieval.systems import DiffEmbed, DiffRetriever, PromptReps, Retriever
 
 #: Tokens that PromptReps decodes for its multi-vector form.
 NEW_TOKENS = 16
@@ -47,24 +47,15 @@ Row = tuple[str, int | None]
 
 
 def encode_naively(retriever: DiffRetriever, texts: Sequence[str], batch_size: int) -> Representations:
-    """What :meth:`DiffRetriever.encode_passages` gives, as one would write it first.
+    """Encode passages as one would write it first; the same result as :meth:`DiffRetriever.encode_passages`.
 
     Batches of a fixed number of texts, padded, in input order; vocabulary logits of all positions; the content
     words as a mask over the whole vocabulary.
-
-    Parameters
-    ----------
-    retriever : DiffRetriever
-        Its options ``sparse_top_k`` and ``quantize`` must be off.
-    texts : sequence of str
-    batch_size : int
     """
     reader = retriever.reader
-    if reader.sparse_top_k is not None or reader.quantize:
-        raise ValueError("the naive way has neither sparse_top_k nor quantize")
     dense, lengths, sparse = [], [], []
     for start in range(0, len(texts), batch_size):
-        features = reader.preprocess(list(texts[start : start + batch_size]), task="document")
+        features = reader.preprocess(list(texts[start : start + batch_size]), task="passage")
         ids, mask = (features[name].to(reader.model.device) for name in ("input_ids", "attention_mask"))
         with torch.inference_mode():
             out = reader.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
@@ -154,7 +145,7 @@ class MatrixProducts:
 
 
 def reference(row: Row, ks: Sequence[int]) -> Row:
-    """What a system's time is divided by."""
+    """Row that a system's time is divided by."""
     system, k = row
     if system in (NAIVE, BOUND):
         return OURS, k
@@ -227,7 +218,7 @@ def benchmark(
     Returns
     -------
     DataFrame
-        As of :func:`summarise`, with ``vectors`` (mean number of vectors of a passage), ``min_cosine`` and
+        That of :func:`summarise`, with ``vectors`` (mean number of vectors of a passage), ``min_cosine`` and
         ``max_weight_difference`` (naive rows: from what ``encode_passages`` gives).
 
     Raises
@@ -272,7 +263,7 @@ def benchmark(
             first((name, NEW_TOKENS if name == MULTI else None), retriever)
             bar.update()
 
-    table = summarise(interleaved(systems, rounds, diffusion.device), len(texts), flop, ks)
+    table = summarise(interleaved(systems, rounds, diffusion.device, "encoding", warm_up=False), len(texts), flop, ks)
     more = pd.DataFrame([found.get(row, {}) for row in systems])
     more = more.reindex(columns=["vectors", "min_cosine", "max_weight_difference"])
     return pd.concat([table, more], axis=1)
@@ -317,7 +308,7 @@ def printed(table: pd.DataFrame) -> str:
 
 
 def machine(backbone: LoadedBackbone) -> dict[str, str | int]:
-    """What the numbers were measured on."""
+    """Device, threads, dtype and torch version of the measurement."""
     device = backbone.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()["cpu"]
     dtype = str(backbone.dtype).removeprefix("torch.")
@@ -353,12 +344,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks/encode.csv"))
     options = parser.parse_args(arguments)
-    parent = options.parent
+    parent = options.parent or get_backbone(options.backbone).source.parent
     if parent is None:
-        source = get_backbone(options.backbone).source
-        if not isinstance(source, AdapterSource):
-            parser.error(f"{options.backbone} has no parent in the registry: name PromptReps' backbone with --parent")
-        parent = source.parent
+        parser.error(f"{options.backbone} has no parent in the registry: name PromptReps' backbone with --parent")
 
     texts = _sample(load_collection(options.collection).passages, options.passages, options.seed)
     diffusion = load_backbone(options.backbone, dtype=options.dtype, adapter=options.adapter)

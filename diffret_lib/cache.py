@@ -1,85 +1,171 @@
-"""The cache folder, content addresses, and writes that are whole or not there."""
+"""The store of everything that is computed or fetched: one folder an entry, whole and verified or not there.
+
+An entry is ``<cache>/<kind>/<address>/``: files, and a ``manifest.json`` with the size and SHA-256 of each.  It is
+written under another name and renamed, by one process at a time.  Reading verifies it: small files every time, large
+ones once a process.  An entry that is damaged or incomplete is said in one line, and made again.
+
+>>> folder = fetch("encodings", address([encode], texts), lambda folder: encode(texts).save(folder))  # doctest: +SKIP
+>>> value = remember("statistics", address([statistics], texts), lambda: statistics(texts))           # doctest: +SKIP
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import platformdirs
+import psutil
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+#: Files up to this size (bytes) are verified at every reading, larger ones once a process.
+SMALL_FILE = 1 << 20
+#: With less disk space than this (bytes) left, an error that says nothing of the disk is taken for a full one.
+FULL_DISK = 1 << 20
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
+_verified: set[tuple[Path, int, int]] = set()
+
+
+class StorageError(RuntimeError):
+    """A folder cannot be written; the message has the path, what is wrong and what to do, on one line."""
 
 
 def cache_dir() -> Path:
     """Folder of everything that can be computed or fetched again.
 
-    ``DIFFRET_CACHE`` names it; otherwise it is ``diffret`` in the user's cache folder.  It is not created.
+    ``DIFFRET_CACHE`` names it, a relative one from the checkout (so that it is one folder wherever a notebook runs);
+    otherwise it is ``diffret`` in the user's cache folder.  It is not created.
     """
     named = os.environ.get("DIFFRET_CACHE")
-    return Path(named).expanduser().absolute() if named else Path(platformdirs.user_cache_path("diffret"))
+    if not named:
+        return Path(platformdirs.user_cache_path("diffret"))
+    checkout = Path(__file__).resolve().parents[1]
+    return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / Path(named).expanduser()
 
 
-def fingerprint(*parts: Any) -> str:
-    """SHA-256 (hex) of the parts as canonical JSON.
-
-    Parameters
-    ----------
-    *parts : str, bytes, int, float, bool, None, or lists, tuples and dicts (str keys) of them
-        The order of a dict's keys does not matter; a list and the tuple of the same items are the same.
-
-    Raises
-    ------
-    TypeError
-        For anything else: the same content must give the same fingerprint in every process.
-    ValueError
-        For a float that is not finite.
-    """
-    text = json.dumps([_plain(part) for part in parts], sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, bytes):
-        return {"\0bytes": hashlib.sha256(value).hexdigest()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"fingerprint takes dicts with str keys; {key!r} is a {type(key).__name__}")
-        return {key: _plain(item) for key, item in value.items()}
-    raise TypeError(f"fingerprint takes str, bytes, numbers, None, lists and dicts, not a {type(value).__name__}")
-
-
-def remembered(kind: str, key: str, compute: Callable[[], Any]) -> Any:
-    """What ``compute`` gives, out of the cache from the second time on; JSON.
+def fetch(kind: str, key: str, make: Callable[[Path], None]) -> Path:
+    """Folder of an entry; made when it is not there, or not whole.
 
     Parameters
     ----------
     kind : str
-        A folder of the cache.
+        A folder of the cache, such as ``"encodings"``.
     key : str
-        The content address: a fingerprint of everything that the value depends on.
-    compute : callable
-        Gives what JSON can hold.
+        The address (:func:`diffret_lib.addresses.address`).
+    make : callable
+        Writes the entry's files into the empty folder that it is given.  Another process that wants the same entry
+        waits for it.
+
+    Raises
+    ------
+    StorageError
+        When the disk is full, or the folder cannot be written.
     """
-    path = cache_dir() / kind / f"{key}.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    text = json.dumps(compute())
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return json.loads(text)
+    folder = cache_dir() / kind / key
+    if is_sealed(folder):
+        return folder
+    with explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            if folder.exists():  # another process made it meanwhile, or it is damaged
+                fault = _fault(folder)
+                if fault is None:
+                    return folder
+                logger.warning("%s is damaged (%s): it is made again", folder, fault)
+                shutil.rmtree(folder)
+            with atomic_path(folder) as temporary:
+                temporary.mkdir()
+                make(temporary)
+                seal(temporary)
+            shutil.rmtree(work_folder(kind, key), ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        logger.warning("another process makes %s: waiting for it", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def remember(kind: str, key: str, compute: Callable[[], Any]) -> Any:
+    """Return ``compute()``, from the cache from the second time on.
+
+    Parameters
+    ----------
+    kind, key : str
+        As for :func:`fetch`.
+    compute : callable
+        Returns what JSON can hold.
+    """
+
+    def make(folder: Path) -> None:
+        (folder / "value.json").write_text(json.dumps(compute()), encoding="utf-8")
+
+    return json.loads((fetch(kind, key, make) / "value.json").read_text(encoding="utf-8"))
+
+
+def work_folder(kind: str, key: str) -> Path:
+    """Where the making of an entry keeps what it needs to go on after an interruption; removed when it is made."""
+    return cache_dir() / "work" / f"{kind}-{key}"
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a folder whose files are all there."""
+    files = {p.relative_to(folder).as_posix(): [p.stat().st_size, file_sha256(p)] for p in _files(folder)}
+    with atomic_path(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps({"files": files}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a folder has a manifest, and every file is as the manifest says."""
+    return folder.is_dir() and _fault(folder) is None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with an entry, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].items()
+        for name, (size, sha256) in manifest:
+            stat = (folder / name).stat()
+            if stat.st_size != size:
+                return f"{name} has {stat.st_size} bytes, not {size}"
+            seen = (folder / name, stat.st_size, stat.st_mtime_ns)
+            if seen in _verified:
+                continue
+            if file_sha256(folder / name) != sha256:
+                return f"{name} has another SHA-256 than when it was written"
+            if size > SMALL_FILE:
+                _verified.add(seen)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -90,7 +176,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write a file or a folder so that it is there whole or not at all.
+    """Write a file or folder atomically.
 
     Parameters
     ----------
@@ -108,28 +194,71 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     ------
     FileNotFoundError
         When the block ends without having written anything.
+    StorageError
+        When the disk is full, or the folder cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
-        yield temporary
-        if temporary.is_dir() and path.is_dir():
-            # a folder cannot replace one that is not empty in one step
-            old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
-            os.replace(path, old)
-            try:
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if temporary.is_dir() and path.is_dir():
+                # a folder cannot replace one that is not empty in one step
+                old = temporary.with_name(f"{temporary.name}.old")  # a name that `sweep` knows
+                os.replace(path, old)
                 os.replace(temporary, path)
-            except BaseException:
-                os.replace(old, path)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        elif temporary.exists():
-            os.replace(temporary, path)
-        else:
-            raise FileNotFoundError(f"nothing was written to {temporary}, so there is no {path}")
+                shutil.rmtree(old, ignore_errors=True)
+            elif temporary.exists():
+                os.replace(temporary, path)
+            else:
+                raise FileNotFoundError(f"nothing was written to {temporary}, so there is no {path}")
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file atomically; line ends as they are."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left in a folder and the folders in it: temporaries whose process is gone."""
+    for path in (*folder.glob(".*.tmp*"), *folder.glob("*/.*.tmp*")):
+        found = _TEMPORARY.match(path.name)
+        if found and not psutil.pid_exists(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an error of the disk or of permissions into a :class:`StorageError` that names the path and a way out."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        named = Path(error.filename) if isinstance(error, OSError) and isinstance(error.filename, str) else path
+        number = error.errno if isinstance(error, OSError) else None
+        place = next((p for p in (path, *path.parents) if os.path.exists(p)), Path("/"))
+        free = shutil.disk_usage(place).free
+        if number in (errno.ENOSPC, errno.EDQUOT) or free < FULL_DISK:
+            raise StorageError(
+                f"{path}: the disk is full ({free / 1e6:.1f} MB free); make room, or set DIFFRET_CACHE (cache) or "
+                "results_root (results) to a folder on another disk, and run again"
+            ) from error
+        # not of another file, which is read meanwhile
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS) and (
+            path.parent in named.parents or named in (path, *path.parents)
+        ):
+            raise StorageError(
+                f"{path}: cannot be written ({error.strerror}); set DIFFRET_CACHE (cache) or results_root (results) "
+                "to a folder of yours"
+            ) from error
+        if number in (errno.ENOTDIR, errno.EEXIST) and not place.is_dir():
+            raise StorageError(f"{path}: {place} is a file, and a folder is needed; remove or rename it") from error
+        raise

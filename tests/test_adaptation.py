@@ -6,37 +6,33 @@ import random
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file
-from tests.tiny import tiny_backbone, tiny_folder, tiny_model, tiny_tokenizer
+from scripts.publish_backbone import write_card
+from tests.tiny import tiny_folder, tiny_spec, tiny_tokenizer
 from transformers import LlamaForCausalLM
 
-from diffret_lib import adaptation
-from diffret_lib.adaptation import (
+from diffret_lib.models.backbones import load_backbone, make_bidirectional
+from diffret_lib.models.prompts import RetrievalPrompt
+from diffret_lib.training import adaptation
+from diffret_lib.training.adaptation import adapt, adaptation_table, read_curves
+from diffret_lib.training.lora import add_lora, export_adapter, last_checkpoint, save_adapter
+from diffret_lib.training.masked_diffusion import (
     TARGETS,
     Answer,
     MaskedRows,
     Recipe,
-    adapt,
     answer_texts,
-    bidirectional,
     collate,
     content_token_mask,
-    export_adapter,
     held_out_cross_entropy,
     masked_cross_entropy,
-    new_adapter,
     pack,
     parent_answers,
-    read_curves,
     train,
 )
-from diffret_lib.adaptation_report import adaptation_table, write_card
-from diffret_lib.backbones import load_backbone
-from diffret_lib.prompts import RetrievalPrompt
 
 MASK = 5
 RECIPE = Recipe(
@@ -66,6 +62,14 @@ def parent(folder) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(folder)
 
 
+def loaded(folder, dtype: str = "float32"):
+    return load_backbone(tiny_spec(folder, "autoregressive"), dtype=dtype, device="cpu")
+
+
+def adapted(folder, recipe: Recipe):
+    return adaptation._start(loaded(folder), MASK, recipe, None)
+
+
 def answers(n: int = 6) -> list[Answer]:
     rng = np.random.default_rng(0)
     out = []
@@ -74,9 +78,9 @@ def answers(n: int = 6) -> list[Answer]:
         probs = rng.random((size, TARGETS))
         out.append(
             Answer(
-                prompt=(1, *range(20, 24 + i)),
+                prompt=np.array([1, *range(20, 24 + i)]),
                 ids=rng.integers(100, 400, size),
-                tail=(12, 2, 2),
+                tail=np.array([12, 2, 2]),
                 soft_ids=rng.integers(100, 400, (size, TARGETS)),
                 soft_probs=(probs / probs.sum(1, keepdims=True)).astype(np.float32),
             )
@@ -109,11 +113,11 @@ def test_loss_as_plainly_computed(folder, rows, with_answers):
     items = [data[i] for i in range(4)]
     batch = collate(items, pad_id=2)
     assert with_answers != bool(batch["attention_mask"].all())  # answers make rows of different lengths
-    model = bidirectional(parent(folder)).eval()
+    model = make_bidirectional(parent(folder)).eval()
     with torch.no_grad():
         assert float(masked_cross_entropy(model, batch)) == pytest.approx(plain_loss(folder, items), abs=1e-4)
-        adapted = new_adapter(model, MASK, RECIPE)  # LoRA starts as no change
-        assert float(masked_cross_entropy(adapted, batch)) == pytest.approx(plain_loss(folder, items), abs=1e-4)
+        # LoRA starts as no change
+        assert float(masked_cross_entropy(adapted(folder, RECIPE), batch)) == pytest.approx(plain_loss(folder, items), abs=1e-4)
 
 
 def test_collate_pads_on_the_left(rows):
@@ -188,7 +192,7 @@ def test_of_an_answer_only_the_answer_is_masked(rows):
         start, n = len(answer.prompt), len(item["input_ids"]) - len(answer.prompt) - len(answer.tail)
         assert n in (1, 2, 4, 8, 16) and n <= len(answer.ids)
         ids = item["input_ids"].tolist()
-        assert tuple(ids[:start]) == answer.prompt and tuple(ids[start + n :]) == answer.tail
+        assert ids[:start] == answer.prompt.tolist() and ids[start + n :] == answer.tail.tolist()
         masked = item["masked"].tolist()
         assert masked and all(start <= m < start + n for m in masked)
         for m in range(n):
@@ -241,13 +245,13 @@ def test_parent_answers(tokenizer, folder, monkeypatch):
         return torch.tensor([[*row.tolist(), *n, *[2] * (width - len(n))] for row, n in zip(input_ids, new, strict=True)])
 
     monkeypatch.setattr(model, "generate", generate)
-    found = parent_answers(model, tokenizer, texts, task="document", few_words=True)
-    prompt = RetrievalPrompt(tokenizer, "document", True)
+    found = parent_answers(model, tokenizer, texts, side="passage", few_words=True)
+    prompt = RetrievalPrompt(tokenizer, "passage", True)
     assert [tokenizer.decode(a.ids) for a in found] == ["heap tree", "sorted axis"]  # one without words is dropped
     plain = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     allowed = content_token_mask(tokenizer)
     for answer, text in zip(found, ("heap", "axis"), strict=True):
-        assert list(answer.prompt) == prompt.ids([text], 64)[0] and answer.tail == prompt.tail
+        assert list(answer.prompt) == prompt.ids([text], 64)[0] and tuple(answer.tail) == tuple(prompt.tail)
         with torch.no_grad():
             logits = plain(torch.tensor([[*answer.prompt, *answer.ids]])).logits[0].double()
         for j in range(len(answer.ids)):
@@ -257,16 +261,16 @@ def test_parent_answers(tokenizer, folder, monkeypatch):
             assert answer.soft_ids[j].tolist() == best
             total = sum(weights[i] for i in best)
             np.testing.assert_allclose(answer.soft_probs[j], [weights[i] / total for i in best], atol=1e-4)
-    (single, _) = parent_answers(model, tokenizer, texts, task="document", few_words=False)
+    (single, _) = parent_answers(model, tokenizer, texts, side="passage", few_words=False)
     assert tokenizer.decode(single.ids) == "heap"
 
 
 def test_answer_texts():
     texts = [f"First paragraph {i}.\n\n{'rest of it ' * 30}" for i in range(200)] + ["short"] * 9
     chosen = answer_texts(texts, 40, seed=0)
-    assert len(chosen["document"]) == 40 and 1 <= len(chosen["query"]) <= 10
+    assert len(chosen["passage"]) == 40 and 1 <= len(chosen["query"]) <= 10
     assert all(q.startswith("First paragraph") and "\n" not in q for q in chosen["query"])
-    without = [d for d in chosen["document"] if not d.startswith("First")]
+    without = [d for d in chosen["passage"] if not d.startswith("First")]
     assert 8 <= len(without) <= 32
     assert chosen == answer_texts(texts, 40, seed=0) != answer_texts(texts, 40, seed=1)
 
@@ -278,20 +282,22 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def start(folder, rows, recipe: Recipe, work, **options):
+def start(folder, rows, recipe: Recipe, work, model=None, **options):
     data = MaskedRows(rows, MASK, batch_size=recipe.batch_size, seed=recipe.seed)
-    model = new_adapter(bidirectional(parent(folder)), MASK, recipe)
-    return train(model, data, recipe, work, pad_id=2, **options)
+    return train(model or adapted(folder, recipe), "base", data, recipe, work, pad_id=2, **options)
 
 
 def test_training_lowers_the_loss(folder, rows, tmp_path):
-    before = held_out_cross_entropy(bidirectional(parent(folder)), rows, MASK)
+    before = held_out_cross_entropy(make_bidirectional(parent(folder)), rows, MASK)
     recipe = replace(RECIPE, tokens=30 * 2 * 16, schedule_tokens=60 * 2 * 16)
-    model = start(folder, rows, recipe, tmp_path / "work", evaluate=lambda m: {"0.5": 1.0}, evaluate_every=15)
+    model = adapted(folder, recipe)
+    adapter, records = start(
+        folder, rows, recipe, tmp_path / "work", model, evaluate=lambda m: {"0.5": 1.0}, evaluate_every=15
+    )
     after = held_out_cross_entropy(model, rows, MASK)
     assert all(after[r] < before[r] - 0.5 for r in before)
     # only the adapter and the mask's embedding are trained
-    saved = weights(tmp_path / "work" / "adapter")
+    saved = weights(adapter)
     assert all("lora_" in k or "token_adapter" in k or "trainable_tokens" in k for k in saved)
     assert any("trainable_tokens" in k or "token_adapter" in k for k in saved)
     plain, base = parent(folder).state_dict(), model.get_base_model().state_dict()
@@ -299,49 +305,59 @@ def test_training_lowers_the_loss(folder, rows, tmp_path):
         kept = next(v for k, v in base.items() if k.replace("token_adapter.", "").replace("base_layer.", "") == name)
         assert torch.equal(kept, tensor)
     # the curve, and the learning rate: warm-up, then a cosine over schedule_tokens, not over tokens
-    records = [json.loads(line) for line in (tmp_path / "work" / "curve.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "held_out" in r] == [15, 30]
     logged = {r["step"]: r for r in records if "loss" in r}
     assert sorted(logged) == [10, 20, 30]
     for step, record in logged.items():
-        assert record["tokens_seen"] == step * 32
+        assert record["stage"] == "documentation" and record["tokens_seen"] == step * 32
         progress = (step - 1 - 2) / (60 - 2)
         expected = 1e-2 + (2e-2 - 1e-2) * 0.5 * (1 + math.cos(math.pi * progress))
         assert record["learning_rate"] == pytest.approx(expected, rel=0.02)
     assert logged[30]["learning_rate"] > 1.4e-2  # half way, not at the end
-    assert json.loads((tmp_path / "work" / "recipe.json").read_text())["schedule_tokens"] == 1920
 
 
 class Killed(Exception):
     pass
 
 
-def test_interrupted_training_ends_with_the_same_weights(folder, rows, tmp_path):
-    start(folder, rows, RECIPE, tmp_path / "whole")
+@pytest.mark.parametrize("damaged", [None, "trainer_state.json", "optimizer.pt", "adapter/adapter_config.json", "manifest.json"])
+def test_interrupted_training_ends_with_the_same_bytes(folder, rows, tmp_path, damaged):
+    """Also where the newest checkpoint was cut while it was written: the one before it is taken."""
+    whole, curve = start(folder, rows, RECIPE, tmp_path / "whole")
     steps = []
 
     def kill(model):
         steps.append(1)
-        if len(steps) == 5:
+        if len(steps) == 7:
             raise Killed
 
+    cut = tmp_path / "cut"
     with pytest.raises(Killed):
-        start(folder, rows, RECIPE, tmp_path / "cut", evaluate=kill, evaluate_every=1, save_every=3)
-    assert not (tmp_path / "cut" / "adapter").exists()
+        start(folder, rows, RECIPE, cut, evaluate=kill, evaluate_every=1, save_every=2)
+    assert last_checkpoint(cut) == cut / "checkpoint-6"
+    if damaged == "manifest.json":
+        (cut / "checkpoint-6" / damaged).unlink()
+    elif damaged:
+        path = cut / "checkpoint-6" / damaged
+        path.write_bytes(path.read_bytes()[:-20])
+    if damaged:
+        assert last_checkpoint(cut) == cut / "checkpoint-4"
     steps.clear()
     torch.rand(7), np.random.rand(7)
-    start(folder, rows, RECIPE, tmp_path / "cut", evaluate=lambda m: steps.append(1) or {}, evaluate_every=1, save_every=3)
-    assert len(steps) == RECIPE.steps - 3  # on from the checkpoint, not from the start
-    whole, resumed = weights(tmp_path / "whole" / "adapter"), weights(tmp_path / "cut" / "adapter")
-    assert whole.keys() == resumed.keys()
-    for name, tensor in whole.items():
-        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
-    fresh = new_adapter(bidirectional(parent(folder)), MASK, RECIPE).state_dict()
-    assert any(not torch.equal(v, whole[k.replace(".default", "")]) for k, v in fresh.items() if "lora_B" in k)
+    resumed, _ = start(
+        folder, rows, RECIPE, cut, evaluate=lambda m: steps.append(1) or {}, evaluate_every=1, save_every=2
+    )
+    assert len(steps) == RECIPE.steps - (4 if damaged else 6)  # on from the checkpoint, not from the start
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (resumed / file).read_bytes() == (whole / file).read_bytes()
+    fresh = adapted(folder, RECIPE).state_dict()
+    assert any(not torch.equal(v, weights(whole)[k.replace(".default", "")]) for k, v in fresh.items() if "lora_B" in k)
+    # at its end, nothing is trained
+    assert start(folder, rows, RECIPE, tmp_path / "whole", evaluate=kill, evaluate_every=1) == (whole, curve)
 
 
 def test_held_out_cross_entropy(folder, rows):
-    model = bidirectional(parent(folder))
+    model = make_bidirectional(parent(folder))
     model.train()
     first = held_out_cross_entropy(model, rows[:10], MASK, batch_size=4)
     torch.rand(3), np.random.rand(3)
@@ -364,68 +380,81 @@ def test_held_out_cross_entropy(folder, rows):
 
 
 def test_stages_and_starting_again(folder, tokenizer, tmp_path, monkeypatch):
-    answered = []
+    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
+    answered, trained, texts = [], [], [f"Return a sorted copy of array {i} along the given axis." for i in range(60)]
     monkeypatch.setattr(adaptation, "collect_answers", lambda *args: answered.append(args[2:]) or answers())
-    texts = [f"Return a sorted copy of array {i} along the given axis." for i in range(60)]
+    monkeypatch.setattr(adaptation, "train", lambda *args, **options: trained.append(args[3].stage) or train(*args, **options))
     held_out = pack(texts, tokenizer, 16, limit=4)
     second = replace(RECIPE, stage="answers", tokens=4 * 2 * 16, seed=1, answered_passages=5)
     third = replace(second, stage="refinement", seed=2, answered_passages=3)
-    asked = []
+    backbone = loaded(folder, "bfloat16")
 
-    def give():
-        asked.append(1)
-        return texts
+    def run(*stages, texts=texts, held_out=held_out, **options):
+        return adapt(backbone, MASK, texts, held_out, stages=stages, evaluate_every=2, **options)
 
-    def run(*stages, source=give, work=tmp_path / "work"):
-        return adapt(
-            lambda: parent(folder), tokenizer, MASK, source, work, held_out=held_out, stages=stages, evaluate_every=2
-        )
-
-    first = run(RECIPE)
-    assert isinstance(first, PeftModel) and len(asked) == 1
-    documentation = weights(tmp_path / "work" / "documentation" / "adapter")
-    run(RECIPE)
-    assert len(asked) == 1  # nothing left to train: the texts are not even asked for
-    model = run(RECIPE, second)
-    assert len(asked) == 2
-    # the second stage goes on from the first's adapter, which stays
-    assert all(torch.equal(v, documentation[k]) for k, v in weights(tmp_path / "work" / "documentation" / "adapter").items())
-    final = weights(tmp_path / "work" / "answers" / "adapter")
-    assert any(not torch.equal(v, documentation[k]) for k, v in final.items())
-    again = run(RECIPE, second)
-    assert len(asked) == 2
-    batch = collate([MaskedRows(held_out, MASK, batch_size=1, seed=0)[0]], 2)
-    with torch.no_grad():
-        a, b = (float(masked_cross_entropy(m.eval(), batch)) for m in (model, again))
-    assert a == pytest.approx(b, abs=1e-5)
-    run(RECIPE, second, third)
-    stages = [r["stage"] for r in read_curves(tmp_path / "work")]
-    assert list(dict.fromkeys(stages)) == ["documentation", "answers", "refinement"]
+    (first,) = run(RECIPE)
+    assert run(RECIPE) == [first] and trained == ["documentation"]
+    work = tmp_path / "work"
+    folders = run(RECIPE, second, third, work=work)
+    assert folders[0] == first and trained == ["documentation", "answers", "refinement"]  # the first is not made again
+    assert run(RECIPE, second, third) == folders and len(trained) == 3
+    found = [weights(f / "adapter") for f in folders]
+    assert all(any(not torch.equal(v, a[k]) for k, v in b.items()) for a, b in zip(found, found[1:], strict=False))
+    assert json.loads((work / "answers" / "recipe.json").read_text())["answered_passages"] == 5
+    assert weights(work / "refinement" / "adapter").keys() == found[2].keys()
+    records = read_curves(folders)
+    assert list(dict.fromkeys(r["stage"] for r in records)) == ["documentation", "answers", "refinement"]
+    assert [r["step"] for r in records if "held_out" in r] == [2, 4, 6, 8, 2, 4, 2, 4]
+    assert not list((tmp_path / "cache" / "work").glob("*"))  # checkpoints are gone
     # a stage's texts to answer come from the back, behind those of the stage before it
     assert answered == [(texts[::-1], 5, 1), (texts[::-1][10:], 3, 2)]
+    # answers come back from the cache as they were
+    for kept, given in zip(adaptation._answers(backbone, texts, second, [RECIPE]), answers(), strict=True):
+        assert all(np.array_equal(value, getattr(given, name)) for name, value in vars(kept).items())
+    # other texts, rows or parents are another run
+    for other in ({"texts": [*texts[:-1], "other"]}, {"held_out": held_out[:2]}):
+        assert run(RECIPE, **other) != [first]
     with pytest.raises(ValueError, match=r"give \d+ sequences of 16 tokens, and the recipe needs 20"):
-        run(RECIPE, second, source=texts[:2], work=tmp_path / "few")
+        run(RECIPE, second, texts=texts[:2])
 
 
 def test_exported_adapter(folder, rows, tmp_path):
-    start(folder, rows, RECIPE, tmp_path / "work")
-    source, target = tmp_path / "work" / "adapter", tmp_path / "package" / "adapter"
-    size = export_adapter(source, target, "tiny-parent")
+    backbone = loaded(folder)
+    model = adapted(folder, RECIPE)
+    start(folder, rows, RECIPE, tmp_path / "work", model)
+    source, target = tmp_path / "adapter", tmp_path / "package" / "adapter"
+    for path in (source, tmp_path / "again"):
+        save_adapter(model, path, backbone.weights)
+    for path in source.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    size = export_adapter(source, target)
     assert size == (target / "adapter_model.safetensors").stat().st_size
     before, after = weights(source), weights(target)
     assert before.keys() == after.keys()
     assert all(v.dtype == torch.bfloat16 and torch.equal(v, before[k].to(torch.bfloat16)) for k, v in after.items())
     assert size < sum(v.numel() for v in after.values()) * 2 + 10_000
-    config = (target / "adapter_config.json").read_text()
-    assert json.loads(config)["base_model_name_or_path"] == "tiny-parent"
-    assert str(tmp_path) not in config and str(folder) not in config
+    for path in (source, target):
+        with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+            metadata = file.metadata()
+        assert metadata == {
+            "format": "pt", "base": backbone.weights, "base_name": "tiny-autoregressive", "attention": "bidirectional"
+        }  # fmt: skip
+        config = (path / "adapter_config.json").read_text()
+        assert json.loads(config)["base_model_name_or_path"] == "tiny-autoregressive"
+        assert str(tmp_path) not in config and str(folder) not in config
     assert sorted(p.name for p in target.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     # it loads as a backbone's adapter and does something
-    spec = tiny_backbone(folder, "diffusion").spec
     ids = torch.tensor([[7, MASK, 9]])
     with torch.no_grad():
-        plain, adapted = (load_backbone(spec, adapter=a, device="cpu").model(ids).logits for a in ("none", target))
-    assert not torch.allclose(plain, adapted, atol=1e-3)
+        plain, merged = (
+            load_backbone(tiny_spec(folder), adapter=a, device="cpu").model(ids).logits for a in ("none", target)
+        )
+    assert not torch.allclose(plain, merged, atol=1e-3)
+
+
+def test_the_same_seed_gives_the_same_adapter(folder):
+    one, two, other = (add_lora(loaded(folder), rank=2, alpha=4, seed=s).state_dict() for s in (0, 0, 1))
+    assert all(torch.equal(one[k], two[k]) for k in one) and any(not torch.equal(one[k], other[k]) for k in one)
 
 
 def test_steps_of_a_recipe():
@@ -470,16 +499,4 @@ def test_model_card(tmp_path):
     write_card(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "license: apache-2.0" in card and "9.50" in card and "2.50" in card and "tiny (whole)" in card
-    assert "{" not in card and not pd.isna(card)
-
-
-def test_curves_keep_the_later_of_two_records(tmp_path):
-    (tmp_path / "documentation").mkdir()
-    lines = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 2, "held_out": {}}, {"step": 2, "loss": 3.0}]
-    (tmp_path / "documentation" / "curve.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-    assert read_curves(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 3.0}, {"step": 2, "held_out": {}}]
-
-
-def test_bidirectional_model_of_the_tests():
-    model = bidirectional(tiny_model(400))
-    assert model.config.is_causal is False
+    assert "{" not in card

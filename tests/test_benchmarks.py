@@ -9,12 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-import torch
 from tiny import SENTENCES, tiny_backbone
 
-from diffret_lib.collection import Collection
-from diffret_lib.representations import Representations
-from diffret_lib.retrievers import DiffRetriever
+from diffret_lib.data.collection import Collection
+from diffret_lib.retrieval.representations import Representations
+from diffret_lib.retrieval.systems import DiffRetriever
 
 PATH = Path(__file__).resolve().parents[1] / "benchmarks" / "encode.py"
 
@@ -38,7 +37,7 @@ def backbones(tmp_path_factory):
 def test_table(encode, backbones, tmp_path, monkeypatch, capsys):
     texts = [*SENTENCES, SENTENCES[0]]
     ids = [f"d{i}" for i in range(len(texts))]
-    collection = Collection("tiny", ids, texts, ["q0"], ["heap"], {"q0": {"d3": 1}}, "whole")
+    collection = Collection.from_texts("tiny", ids, texts, ["q0"], ["heap"], {"q0": {"d3": 1}})
     monkeypatch.setattr(encode, "load_collection", lambda name: collection)
     monkeypatch.setattr(encode, "load_backbone", lambda name, **_: backbones[0 if "diffusion" in name else 1])
     monkeypatch.setattr(encode, "NEW_TOKENS", 3)
@@ -81,13 +80,6 @@ def test_summary(encode):
     assert table["time_ratio_q1"].tolist() == [1.0, 1.25, 1.25] and table["time_ratio_q3"].tolist() == [1.0, 1.75, 2.5]
     assert table["relative_to"].tolist() == ["DiffRetriever K=1", "DiffRetriever K=1", "DiffRetriever K=16"]
     assert table["gflop_per_second"][0] == 3.0 and table["gflop_per_second"][1:].isna().all()
-
-
-def test_rounds_are_interleaved(encode):
-    order = []
-    systems = {("a", 1): lambda: order.append("a"), ("b", 1): lambda: order.append("b")}
-    times = encode.interleaved(systems, 3, torch.device("cpu"))
-    assert "".join(order) == "abbaab" and {len(t) for t in times.values()} == {3}
 
 
 def test_bound_has_the_products_of_an_encoding(encode, backbones):

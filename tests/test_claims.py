@@ -5,6 +5,7 @@ import math
 from functools import cache
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -13,29 +14,26 @@ import pandas as pd
 import pytest
 from statsmodels.stats.multitest import multipletests
 
-from diffret_lib import claims, figures
-from diffret_lib.analysis import compare_systems, transfer
-from diffret_lib.claims import (
+from diffret_lib.experiments import claims
+from diffret_lib.experiments.claim_tests import OTHERS, PRODUCERS, transfer_losses
+from diffret_lib.config import CHECKOUT
+from diffret_lib.experiments.comparison import compare_systems, transfer
+from diffret_lib.experiments.claims import (
     CONTRADICTED,
     INCONCLUSIVE,
     MARGIN,
     NOT_TESTED,
-    OTHERS,
-    PRODUCERS,
     SAME_LATENCY,
     SEVERAL_TIMES,
     SUPPORTED,
     combine,
     decide,
     describe,
-    ledger,
-    transfer_losses,
     write_claims,
 )
-from diffret_lib.profiles import PROFILES_DIR
-from diffret_lib.reporting import Results
-from diffret_lib.reproduce import NOTEBOOKS_DIR
-from diffret_lib.study import MODES
+from diffret_lib.report import figures
+from diffret_lib.report.results import Results
+from diffret_lib.retrieval.search import MODES
 
 COLLECTIONS = ("pydocs/pandas-test", "pydocs/numpy", "pydocs/scipy")
 QUERIES = 40
@@ -103,24 +101,28 @@ def grid(loss: float, spread: float, level: float = 0.4) -> pd.DataFrame:
 
 def ratios(diffusion=(1.1, 1.05, 1.2), zero=(14, 12, 16), fine=(3, 2.5, 3.5)) -> pd.DataFrame:
     rows = [
-        ("DiffRetriever K=4 / K=1", *(9.0, 9.0, 9.0), 4, 1),  # not the most masks: beside
-        ("DiffRetriever K=16 / K=1", *diffusion, 16, 1),
-        ("PromptReps N=4 / single", *fine, 5, 1),
-        ("PromptReps N=20 / single", *zero, 21, 1),
+        ("DiffRetriever K=4 / K=1", *(9.0, 9.0, 9.0), 4, 1, "DiffRetriever", 4),  # not the most masks: secondary
+        ("DiffRetriever K=16 / K=1", *diffusion, 16, 1, "DiffRetriever", 16),
+        ("PromptReps N=4 / single", *fine, 5, 1, "PromptReps", 4),
+        ("PromptReps N=20 / single", *zero, 21, 1, "PromptReps", 20),
+        ("PromptReps N=20 / single, as answered", *(0.1, 0.1, 0.1), 21, 1, "PromptReps", 20),  # left out
     ]
-    return pd.DataFrame(rows, columns=["comparison", "ratio", "ratio_low", "ratio_high", "vectors_a", "vectors_b"])
+    columns = ["comparison", "ratio", "ratio_low", "ratio_high", "vectors_a", "vectors_b", "system", "count"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def chance(value: float, low: float, high: float, p: float, level: float = 0.02) -> pd.DataFrame:
+    columns = ["method", "kind", "reference", "value", "low", "high", "p"]
     rows = [
-        ("raw", "headroom over best fixed", 0.2, 0.1, 0.3, np.nan),
-        ("random twins", "chance over best fixed", level, level, level, np.nan),
-        ("random twins", "chance over selected", level / 2, level, level, np.nan),
-        ("random twins", "beyond chance over selected", 0.5, 0.5, 0.5, 0.5),
-        ("random twins", "beyond chance over best fixed", value, low, high, p),
-        ("split halves", "beyond chance over best fixed", value + 0.01, low, high + 0.01, p / 2),
+        ("raw", "headroom", "best fixed", 0.2, 0.1, 0.3, np.nan),
+        ("random twins", "chance", "best fixed", level, level, level, np.nan),
+        ("random twins", "chance", "selected", level / 2, level, level, np.nan),
+        ("random twins", "beyond chance", "selected", 0.5, 0.5, 0.5, 0.5),
+        ("random twins", "beyond chance", "best fixed", value, low, high, p),
+        ("split halves", "beyond chance", "best fixed", value + 0.01, low, high + 0.01, p / 2),
     ]
-    return pd.DataFrame(rows, columns=["method", "quantity", "value", "low", "high", "p"]).assign(queries=120)
+    table = pd.DataFrame(rows, columns=columns).assign(queries=120)
+    return table.assign(quantity=table["kind"] + " over " + table["reference"])
 
 
 @cache
@@ -141,6 +143,10 @@ def make(root: Path, **tables: pd.DataFrame | None) -> Results:
             results.data(frame, name)
     results.record("selected_pair", list(PAIR), section="results")
     return results
+
+
+def ledger(results: Results, **options) -> claims.Ledger:
+    return claims.ledger(results.folder, results.profile_name, **options)
 
 
 def verdicts(results: Results) -> dict[int, str]:
@@ -242,9 +248,9 @@ def test_nothing_was_run(tmp_path):
     assert {c.verdict for c in found.claims} == {NOT_TESTED} and [c.evidence for c in found.claims] == [[]] * 7
     tests = found.tests()
     assert (tests["verdict"] == NOT_TESTED).all() and tests["value"].isna().all()
-    commands = [f"diffret_lib.reproduce {n} --profile made" for n in PRODUCERS.values() if (PROFILES_DIR.parent / f"{n}.ipynb").exists()]
-    assert len(commands) >= 4
-    assert all(any(text in note for text in [*commands, "do not measure it yet"]) for note in tests["note"])
+    assert all((CHECKOUT / "notebooks" / f"{name}.ipynb").is_file() for name in PRODUCERS.values())
+    ways = [f"notebook {name} writes it: make reproduce PROFILE=made" for name in PRODUCERS.values()]
+    assert all(note.endswith(tuple(ways)) for note in tests["note"])
     write_claims(found, tmp_path / "claims.json")
     assert [c["verdict"] for c in json.loads((tmp_path / "claims.json").read_text())["claims"]] == [NOT_TESTED] * 7
     assert all("not tested" in describe(c) for c in found.claims)
@@ -338,18 +344,35 @@ def test_strongest_is_against_the_best_mode_of_each(tmp_path, found):
 def test_latency_of_the_most_masks_decides(found, tmp_path):
     tests = found.tests()
     own = tests[tests["claim"] == 4]
-    names = ["DiffRetriever K=16 / K=1", "DiffRetriever K=4 / K=1", "PromptReps N=20 / single", "PromptReps N=4 / single"]
+    masks, tokens = [f"DiffRetriever K={k} / K=1" for k in (16, 4)], [f"PromptReps N={n} / single" for n in (20, 4)]
+    names = masks + tokens
     assert own["comparison"].tolist() == names and own["counts"].tolist() == [True, False, True, True]
     assert own["paper"].tolist() == ["about 1x", "about 1x", "about 15x", "about 3x"]
     assert own["bound"].tolist() == [SAME_LATENCY] * 2 + [SEVERAL_TIMES] * 2
     assert own["verdict"].tolist() == [SUPPORTED, CONTRADICTED, SUPPORTED, SUPPORTED]
     assert found.claims[3].verdict == SUPPORTED
     assert own["note"].iloc[2] == "vectors of a text: 21 against 1"
-    small = ratios().replace({"PromptReps N=4 / single": "promptreps multi (N = 2) / single"}).drop(index=3)
+    small = ratios().iloc[:3].assign(comparison="any words", count=[4, 16, 2])
     own = ledger(make(tmp_path, claim4_ratios=small), resamples=100).claims[3]
     assert [t.paper for t in own.tests] == ["about 1x", "about 1x", ""] and own.verdict == SUPPORTED
     own = ledger(make(tmp_path, claim4_ratios=small.iloc[:2]), resamples=100).claims[3]
     assert own.verdict == NOT_TESTED and "no row of PromptReps" in own.tests[2].note
+
+
+def test_words_of_a_label_change_no_verdict(found, tmp_path):
+    reworded = {
+        "claim4_ratios": ratios().assign(comparison="time"),
+        "oracle_chance": chance(0.05, 0.03, 0.07, 0.0002).assign(quantity="gain"),
+    }
+    again = ledger(make(tmp_path, **reworded), resamples=RESAMPLES)
+    columns = ["id", "value", "low", "high", "p_corrected", "counts", "paper", "note", "verdict"]
+    pd.testing.assert_frame_equal(again.tests()[columns], found.tests()[columns])
+
+
+@pytest.mark.parametrize(("table", "column", "claim"), [("claim4_ratios", "count", 4), ("oracle_chance", "kind", 7)])
+def test_table_of_an_earlier_version(tmp_path, table, column, claim):
+    own = ledger(make(tmp_path, **{table: defaults()[table].drop(columns=column)}), resamples=100).claims[claim - 1]
+    assert own.verdict == NOT_TESTED and f"tables/{table}.csv has no column {column}; notebook" in own.tests[0].note
 
 
 def test_transfer_losses_by_hand():
@@ -425,7 +448,7 @@ def test_chance_levels_on_both_sides_of_fine_tuning(found, tmp_path):
     """A lead that the least leaves and the most takes away shows nothing, in either direction."""
     lead = found.claims[6].tests[-1].value
     table = chance(0.05, 0.03, 0.07, 0.0002, level=3 * lead)
-    lost = pd.DataFrame([{"method": "split halves", "quantity": "lost on the other half, over selected", "value": 0.0}])
+    lost = pd.DataFrame([{"method": "split halves", "kind": "chance", "reference": "selected", "value": 0.0}])
     own = ledger(make(tmp_path, oracle_chance=pd.concat([table, lost])), resamples=RESAMPLES).claims[6].tests[-1]
     assert own.low < 0 < own.high and own.p == 1 and own.verdict == INCONCLUSIVE
 
@@ -469,7 +492,7 @@ def test_tables_and_paragraphs(made, found):
     made.table(found.tests(), "claims_tests")
     text = describe(found.claims[1])
     assert text.startswith("**Claim 2: supported.**") and "takes 2a, 2d together" in text
-    assert "- 2b (beside), DiffRetriever multi (dense) − DiffRetriever single (dense): **+0.100** [" in text
+    assert "- 2b (secondary), DiffRetriever multi (dense) − DiffRetriever single (dense): **+0.100** [" in text
     assert f"{2 * QUERIES} queries, 2 collections: supported" in text
     assert "**14.000** [12.000, 16.000], held against 2: supported" in describe(found.claims[3])
 
@@ -482,8 +505,8 @@ def test_forest_marks_verdicts(tmp_path, found):
     assert labels == [f"{t.id}  {t.comparison}" for c in found.claims for t in c.tests if c.id != 4]
     assert latencies.get_xscale() == "log" and len(latencies.get_yticklabels()) == 4
     assert differences.get_xlabel() and latencies.get_xlabel()
-    markers = [line.get_marker() for line in latencies.lines if line.get_marker() not in ("None", "|", "")]
-    assert markers == ["o", "X", "o", "o"]
+    markers = [line.get_marker() for line in latencies.lines for x in line.get_xdata() if np.isfinite(x)]
+    assert (markers.count("o"), markers.count("X"), markers.count("D")) == (3, 1, 0)
     fig.canvas.draw()
     plt.close(fig)
 
@@ -493,8 +516,9 @@ def test_notebook_has_the_cells_it_needs(made, monkeypatch):
     space: dict = {"__name__": "__main__"}
     shown: list = []
     monkeypatch.setattr("IPython.display.display", lambda *objects, **_: shown.extend(o.data for o in objects))
-    monkeypatch.setattr("diffret_lib.reporting.Results", lambda *_: made)
-    for cell in nbformat.read(NOTEBOOKS_DIR / "07_claims.ipynb", 4).cells:
+    study = SimpleNamespace(profile=SimpleNamespace(name="made", seed=0))
+    monkeypatch.setattr("diffret_lib.report.start", lambda *_: (study, made))
+    for cell in nbformat.read(CHECKOUT / "notebooks" / "07_claims.ipynb", 4).cells:
         if cell.cell_type == "code":
             exec(compile(cell.source, cell.id, "exec"), space)
     assert (made.folder / "claims.json").is_file() and (made.figures / "claims_forest.svg").is_file()

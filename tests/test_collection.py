@@ -1,39 +1,62 @@
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from diffret_lib import collection as module
-from diffret_lib.beir import load_beir
-from diffret_lib.collection import Collection, bm25_ndcg, contains_run, lexical_overlap, load_collection
+from diffret_lib.data.collection import Collection, contains_run, lexical_overlap
+
+CATS = {
+    "name": "cats",
+    "passage_ids": [f"p{i}" for i in range(20)],
+    "passages": [f"passage {i} speaks of animal{i}" for i in range(20)],
+    "query_ids": [f"q{i}" for i in range(8)],
+    "queries": [f"the animal{i}" for i in range(8)],
+    "qrels": {f"q{i}": {f"p{i}": 1, f"p{19 - i}": 2 if i % 2 else 0} for i in range(8)},
+}
 
 
 @pytest.fixture
 def cats() -> Collection:
-    return Collection(
-        name="cats",
-        passage_ids=[f"p{i}" for i in range(20)],
-        passages=[f"passage {i} speaks of animal{i}" for i in range(20)],
-        query_ids=[f"q{i}" for i in range(8)],
-        queries=[f"the animal{i}" for i in range(8)],
-        qrels={f"q{i}": {f"p{i}": 1, f"p{19 - i}": 2 if i % 2 else 0} for i in range(8)},
-    )
+    return Collection.from_texts(**CATS)
+
+
+def changed(**parts: object) -> Collection:
+    return Collection.from_texts(**{**CATS, **parts})
+
+
+def test_columns_are_sequences_and_a_saved_collection_is_memory_mapped(cats: Collection, tmp_path: Path) -> None:
+    texts = ['tab\tquote " line\nend \u2028 é', *CATS["passages"][1:]]
+    odd = changed(passages=texts, coverage="part", description="of cats")
+    odd.sample(3, 10, seed=4).save(tmp_path / "part")
+    odd.save(tmp_path / "whole")
+    back = Collection.load(tmp_path / "whole")
+    assert [Path(f["filename"]).parent for f in back.passage_rows.cache_files] == [tmp_path / "whole" / "passages"]
+    assert back.fingerprint == odd.fingerprint and back.qrels == odd.qrels
+    assert (back.name, back.coverage, back.description) == ("cats", "part", "of cats")
+    assert Collection.load(tmp_path / "part").fingerprint == odd.sample(3, 10, seed=4).fingerprint
+    for found in (cats, Collection.load(tmp_path / "whole")):
+        assert found.passages[3] == CATS["passages"][3] and found.queries[2:4] == CATS["queries"][2:4]
+        assert list(found.passage_ids) == CATS["passage_ids"] and len(found.query_ids) == 8
+        assert found.passages[-1] == CATS["passages"][-1]
+    assert repr(cats) == "Collection('cats', 20 passages, 8 queries, coverage='whole')"
 
 
 def test_fingerprint_follows_content_and_not_the_name(cats: Collection) -> None:
-    assert replace(cats, name="dogs", description="other").fingerprint == cats.fingerprint
-    texts = [*cats.passages[:-1], "other"]
-    assert replace(cats, passages=texts).fingerprint != cats.fingerprint
-    assert replace(cats, queries=["other", *cats.queries[1:]]).fingerprint != cats.fingerprint
-    assert replace(cats, qrels={**cats.qrels, "q0": {"p0": 2, "p19": 0}}).fingerprint != cats.fingerprint
-    assert replace(cats, passage_ids=[*cats.passage_ids[:-1], "p"], qrels={q: {"p1": 1} for q in cats.qrels})
+    assert cats.fingerprint == "8f15c191a02ce5dc85ad89da313d88fdd89fed942ef611ea5e45d91281f88a27"
+    assert changed(name="dogs", description="other").fingerprint == cats.fingerprint
+    for part in (
+        {"passages": [*CATS["passages"][:-1], "other"]},
+        {"queries": ["other", *CATS["queries"][1:]]},
+        {"qrels": {**CATS["qrels"], "q0": {"p0": 2, "p19": 0}}},
+        {"passage_ids": ["p19", *CATS["passage_ids"][1:-1], "p0"]},
+    ):
+        assert changed(**part).fingerprint != cats.fingerprint, part
     shuffled = {q: dict(reversed(j.items())) for q, j in reversed(cats.qrels.items())}
-    assert replace(cats, qrels=shuffled).fingerprint == cats.fingerprint
+    assert changed(qrels=shuffled).fingerprint == cats.fingerprint
     # moving a boundary between id and text must show
-    a = Collection("x", ["a"], ["bc"], ["q"], ["t"], {"q": {"a": 1}})
-    b = Collection("x", ["ab"], ["c"], ["q"], ["t"], {"q": {"ab": 1}})
+    a = Collection.from_texts("x", ["a"], ["bc"], ["q"], ["t"], {"q": {"a": 1}})
+    b = Collection.from_texts("x", ["ab"], ["c"], ["q"], ["t"], {"q": {"ab": 1}})
     assert a.fingerprint != b.fingerprint
 
 
@@ -43,24 +66,24 @@ def test_sample_holds_all_relevant_passages_and_others(cats: Collection) -> None
     assert part.coverage == "sample of 10 of 20 passages, 3 of 8 queries"
     for query_id in part.query_ids:
         assert part.relevant(query_id) == cats.relevant(query_id)
-    assert [p for p in cats.passage_ids if p in part.passage_ids] == part.passage_ids
+    assert [p for p in cats.passage_ids if p in list(part.passage_ids)] == list(part.passage_ids)
     assert all(part.passages[i] == cats.passages[int(p[1:])] for i, p in enumerate(part.passage_ids))
     relevant = {p for q in part.query_ids for p in part.relevant(q)}
     assert set(part.passage_ids) - relevant
 
 
 def test_sample_is_seeded_nested_and_independent_of_order(cats: Collection) -> None:
-    assert cats.sample(3, 10, seed=1) == cats.sample(3, 10, seed=1)
+    assert cats.sample(3, 10, seed=1).fingerprint == cats.sample(3, 10, seed=1).fingerprint
     assert len({tuple(cats.sample(3, 10, seed=s).query_ids) for s in range(8)}) > 1
     assert len({tuple(cats.sample(3, 10, seed=s).passage_ids) for s in range(8)}) > 1
     assert set(cats.sample(2, 10, seed=1).query_ids) < set(cats.sample(5, 20, seed=1).query_ids)
-    turned = replace(cats, passage_ids=cats.passage_ids[::-1], passages=cats.passages[::-1])
+    turned = changed(passage_ids=CATS["passage_ids"][::-1], passages=CATS["passages"][::-1])
     assert set(turned.sample(3, 10, seed=1).passage_ids) == set(cats.sample(3, 10, seed=1).passage_ids)
 
 
 def test_sample_of_everything_is_whole(cats: Collection) -> None:
     assert cats.sample(None, None, seed=3).coverage == "whole"
-    assert cats.sample(99, 99, seed=3) == cats
+    assert cats.sample(99, 99, seed=3) is cats
     part = cats.sample(4, None, seed=3)
     assert part.passage_ids == cats.passage_ids
     assert part.coverage == "sample of 20 of 20 passages, 4 of 8 queries"
@@ -68,7 +91,7 @@ def test_sample_of_everything_is_whole(cats: Collection) -> None:
 
 
 def test_sample_too_small_takes_fewer_queries_or_raises() -> None:
-    many = Collection(
+    many = Collection.from_texts(
         "many", ["a", "b", "c", "d"], list("abcd"), ["q", "r"], ["x", "y"],
         {"q": {"a": 1, "b": 1}, "r": {"c": 1, "d": 1}},
     )  # fmt: skip
@@ -92,9 +115,9 @@ def test_sample_too_small_takes_fewer_queries_or_raises() -> None:
         ({"qrels": {f"q{i}": {"p1": 0} for i in range(8)}}, "query 'q0' has no relevant passage"),
     ],
 )
-def test_inconsistent_content_is_named(cats: Collection, change: dict, message: str) -> None:
+def test_inconsistent_content_is_named(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(cats, **change)
+        changed(**change)
 
 
 def test_statistics(cats: Collection) -> None:
@@ -105,30 +128,16 @@ def test_statistics(cats: Collection) -> None:
     assert found["fingerprint"] == cats.fingerprint
 
 
-def test_beir_round_trip(cats: Collection, tmp_path) -> None:
-    odd = replace(cats, passages=['tab\tquote " line\nend \u2028 é', *cats.passages[1:]])
-    folder = odd.write_beir(tmp_path / "cats", split="dev")
-    back = load_beir(folder, "dev")
-    assert back.fingerprint == odd.fingerprint
-    assert load_collection(f"{folder}:dev") == back and back.name == "cats:dev"
-    assert [p.name for p in tmp_path.iterdir()] == ["cats"]
-    with pytest.raises(FileExistsError, match="cats exists already"):
-        cats.write_beir(folder)
-
-
-def test_failed_write_leaves_nothing(cats: Collection, tmp_path, monkeypatch) -> None:
-    def fail(*_: object, **__: object) -> str:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(module.json, "dumps", fail)
-    with pytest.raises(OSError, match="no space left"):
-        cats.write_beir(tmp_path / "cats")
-    assert list(tmp_path.iterdir()) == []
+def test_restricting_leaves_no_query_without_a_relevant_passage(cats: Collection) -> None:
+    part = cats.restrict(["p0", "p2", "p18"], ["q1", "q0"])
+    assert part.qrels == {"q0": {"p0": 1}, "q1": {"p18": 2}} and list(part.passage_ids) == ["p0", "p2", "p18"]
+    with pytest.raises(ValueError, match="query 'q3' has no relevant passage"):
+        cats.restrict(["p0"], ["q0", "q3"])
 
 
 def test_lexical_overlap_by_hand() -> None:
     found = lexical_overlap(
-        Collection(
+        Collection.from_texts(
             "x",
             ["a", "b", "c"],
             ["Sorts the Rows of a frame", "frame of rows", "sort columns quickly, then stop"],
@@ -141,20 +150,3 @@ def test_lexical_overlap_by_hand() -> None:
     assert found["content_words"] == pytest.approx(0.5)
     assert found["whole_query"] == pytest.approx(0.5)
     assert contains_run(["a", "bc", "d"], ["bc", "d"]) and not contains_run(["a", "bc", "d"], ["c", "d"])
-
-
-def test_bm25_ndcg_by_hand() -> None:
-    texts = ["apples grow", "pears grow and pears fall", "stones"]
-    best_first = Collection("x", ["a", "b", "c"], texts, ["q"], ["pear"], {"q": {"b": 1}})
-    assert bm25_ndcg(best_first) == pytest.approx(1.0)  # only by stemming
-    second = replace(best_first, queries=["growing"], qrels={"q": {"b": 1}})
-    assert bm25_ndcg(second) == pytest.approx(1 / math.log2(3))  # the shorter passage stands first
-    all_relevant = {"q": {"a": 1, "b": 1, "c": 1}}
-    assert bm25_ndcg(replace(best_first, queries=["the of"], qrels=all_relevant)) == 0  # no word is searched for
-
-
-def test_load_collection_names_what_there_is() -> None:
-    with pytest.raises(FileNotFoundError, match="no collection 'nothing/here'.*pydocs/pandas-train"):
-        load_collection("nothing/here")
-    with pytest.raises(ValueError, match="unknown collection 'pydocs/perl'; there are pydocs/pandas"):
-        load_collection("pydocs/perl")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from diffret_lib import efficiency, figures
-from diffret_lib.efficiency import (
+from diffret_lib.experiments import efficiency
+from diffret_lib.experiments.efficiency import (
     ANSWERED,
     FORCED,
     claim4_ratios,
@@ -24,12 +24,10 @@ from diffret_lib.efficiency import (
     read_effectiveness,
     search_latency,
 )
-from diffret_lib.prompts import encode_plain
-from diffret_lib.reporting import Results
-from diffret_lib.retrievers import PromptReps
-from diffret_lib.study import Study
+from diffret_lib.experiments.study import Study
+from diffret_lib.models.prompts import encode_plain
+from diffret_lib.report import figures
 from tests.test_study import world  # noqa: F401  (a fixture)
-from tests.tiny import tiny_backbone
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +52,18 @@ def searched(study):
 def test_rounds_are_interleaved(monkeypatch):
     order, ticks = [], iter(range(100))
     monkeypatch.setattr(efficiency.time, "perf_counter", lambda: next(ticks) ** 2)
-    times = interleaved({n: lambda n=n: order.append(n) for n in "abc"}, 3, torch.device("cpu"))
+    calls = {n: lambda n=n: order.append(n) for n in "abc"}
+    times = interleaved(calls, 3, torch.device("cpu"), "letters", warm_up=False)
     assert "".join(order) == "abccbaabc"
     # call number i takes (2i + 1)^2 - (2i)^2
     assert times == {"a": [1, 21, 25], "b": [5, 17, 29], "c": [9, 13, 33]}
+    interleaved(calls, 1, torch.device("cpu"), "letters")
+    assert "".join(order[9:]) == "abcabc"
 
 
-def test_forced_decoding_has_every_token(tmp_path):
-    backbone = tiny_backbone(tmp_path, "autoregressive")
-    free, forced = (PromptReps(backbone, max_new_tokens=6) for _ in range(2))
-    forced = efficiency._forced(forced)
+def test_forced_decoding_has_every_token(study):
+    systems = efficiency._systems(study, [6], 64, False)
+    free, forced = (systems["PromptReps multi", "autoregressive", 7, decoding] for decoding in (ANSWERED, FORCED))
     texts = ["A heap is a binary tree.", "Return a sorted copy.", "eigenvalues"]
     assert (forced.encode_passages(texts, progress=False).lengths == 7).all()
     kept = free.encode_passages(texts, progress=False)
@@ -96,6 +96,8 @@ def test_encoding_latency(encoded):
         "DiffRetriever K=4 / K=1", "PromptReps N=4 / single", "PromptReps N=4 / single, as answered"
     ]  # fmt: skip
     assert ratios[["vectors_a", "vectors_b"]].to_numpy().tolist() == [[4, 1], [5, 1], [5, 1]]
+    assert ratios["system"].tolist() == ["DiffRetriever", "PromptReps", "PromptReps"]
+    assert ratios["count"].tolist() == [4] * 3
     row = curve[(curve["system"] == "DiffRetriever") & (curve["vectors"] == 4)]
     assert ratios["ratio"][0] == row["ratio"].item()
     # two rounds have no interval; the query's curve, on which claim 4 rests, has more
@@ -106,11 +108,11 @@ def test_encoding_latency(encoded):
 def test_ratios_are_taken_within_rounds(study, monkeypatch):
     """Rounds of which the second is three times as slow: no ratio moves."""
 
-    def timed(calls, repeats, device):
+    def timed(calls, repeats, device, desc):
         cost = {name: 10.0 * name[2] for name in calls}
         return {name: [c / 1000, 3 * c / 1000] for name, c in cost.items()}
 
-    monkeypatch.setattr(efficiency, "_timed", timed)
+    monkeypatch.setattr(efficiency, "interleaved", timed)
     table = encoding_latency(study)
     ratios = claim4_ratios(table, [1, 4])
     assert np.allclose(table["ratio"], table["vectors"]) and np.allclose(table["ratio_q1"], table["ratio_q3"])
@@ -128,18 +130,18 @@ def test_interval_of_a_median():
 
 
 def test_search_latency_and_what_does_not_fit(searched):
-    assert searched[["index", "passages"]].to_numpy().tolist()[:4] == [
-        ["dense, single", 100], ["dense, single (faiss)", 100], ["sparse", 100], ["dense, single", 10**9]
+    assert searched[["index", "passages"]].to_numpy().tolist()[:3] == [
+        ["dense, single (faiss)", 100], ["sparse", 100], ["dense, single (faiss)", 10**9]
     ]  # fmt: skip
     timed = searched[searched["note"] == ""]
     assert timed["median_ms"].notna().all() and (timed["vectors"] == timed["passages"] * timed["k_passage"]).all()
     # every kind searches the passages of the largest MaxSim index, and the other pair does
     same = timed[timed["passages"] == 25]
     assert same[["index", "k_query", "k_passage"]].to_numpy().tolist() == [
-        ["dense, single", 1, 1], ["dense, single (faiss)", 1, 1], ["sparse", 1, 1], ["MaxSim", 2, 4], ["MaxSim", 5, 5]
+        ["dense, single (faiss)", 1, 1], ["sparse", 1, 1], ["MaxSim", 2, 4], ["MaxSim", 5, 5]
     ]  # fmt: skip
     left_out = searched[searched["vectors"] == 10**9]
-    assert len(left_out) == 4 and left_out["median_ms"].isna().all()
+    assert len(left_out) == 3 and left_out["median_ms"].isna().all()
     assert (left_out["note"].str.contains("128.0 GB of vectors") == (left_out["index"] != "sparse")).all()
 
 
@@ -163,7 +165,7 @@ def test_measured_once_on_a_machine(study, monkeypatch, tmp_path):
 def test_memory_decides(study, monkeypatch):
     monkeypatch.setattr(efficiency.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(100 * 32 * 4 * 3))
     notes = search_latency(study, (2, 4)).query("index != 'sparse'")["note"]
-    assert len(notes) == 6 and notes.str.startswith("left out").all()
+    assert len(notes) == 4 and notes.str.startswith("left out").all()
 
 
 def evaluation() -> pd.DataFrame:
@@ -212,8 +214,7 @@ def test_effectiveness_beside_latency(encoded, searched):
 
 
 def test_missing_evaluation_says_what_to_run(tmp_path):
-    results = Results("made", tmp_path)
-    with pytest.raises(FileNotFoundError, match="reproduce 04_evaluation --profile made"):
-        read_effectiveness(results)
-    results.data(evaluation(), "evaluation")
-    pd.testing.assert_frame_equal(read_effectiveness(results), evaluation())
+    with pytest.raises(FileNotFoundError, match="run notebook 04_evaluation with this profile first"):
+        read_effectiveness(tmp_path)
+    evaluation().to_csv(tmp_path / "evaluation.csv", index=False)
+    pd.testing.assert_frame_equal(read_effectiveness(tmp_path), evaluation())

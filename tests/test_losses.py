@@ -6,10 +6,9 @@ import torch
 from sentence_transformers import MultiVectorEncoder
 from tests.tiny import tiny_backbone
 
-from diffret_lib.finetuning import new_adapter, recipe_of
-from diffret_lib.losses import FalseNegatives, JointInfoNCE, dense_scores
-from diffret_lib.profiles import load_profile
-from diffret_lib.retrievers import DiffEmbed, DiffRetriever, PromptReps, RepLLaMA
+from diffret_lib.training.lora import add_lora
+from diffret_lib.training.losses import FalseNegatives, JointInfoNCE, dense_scores
+from diffret_lib.retrieval.systems import DiffEmbed, DiffRetriever, PromptReps, RepLLaMA
 
 QUERIES = ["priority queue", "sorted copy of an array", "eigenvalues"]
 PASSAGES = [
@@ -34,7 +33,7 @@ def folder(tmp_path_factory):
 def trainable(folder, system: str):
     kind, options = SYSTEMS[system]
     backbone = tiny_backbone(folder, kind.family)
-    model = new_adapter(backbone, recipe_of(load_profile("smoke")))
+    model = add_lora(backbone, rank=16, alpha=64, seed=13, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first: nothing would be learned of lora_A
@@ -46,7 +45,7 @@ def trainable(folder, system: str):
 
 def features(reader):
     columns = [reader.preprocess(QUERIES, task="query")]
-    return columns + [reader.preprocess(texts, task="document") for texts in PASSAGES]
+    return columns + [reader.preprocess(texts, task="passage") for texts in PASSAGES]
 
 
 def gradients(reader, loss) -> dict[str, torch.Tensor]:
@@ -57,7 +56,7 @@ def gradients(reader, loss) -> dict[str, torch.Tensor]:
 
 def plain(reader, temperature: float) -> torch.Tensor:
     """The formula with loops: one text at a time."""
-    columns = [(QUERIES, "query"), *((texts, "document") for texts in PASSAGES)]
+    columns = [(QUERIES, "query"), *((texts, "passage") for texts in PASSAGES)]
     sides = [[reader(reader.preprocess([t], task=task)) for t in texts] for texts, task in columns]
     queries, passages = sides[0], [p for side in sides[1:] for p in side]
     total = 0.0

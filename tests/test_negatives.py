@@ -3,10 +3,10 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from diffret_lib.collection import Collection
-from diffret_lib.negatives import mine_hard_negatives, negatives_table
+from diffret_lib.data.collection import Collection
+from diffret_lib.training.negatives import mine_hard_negatives, negatives_table
 
-COLLECTION = Collection(
+COLLECTION = Collection.from_texts(
     "made", list("abcdef"), ["one", "two", "three", "four", "one", "six"], ["q1", "q2"], ["x", "y"],
     {"q1": {"a": 1, "b": 0}, "q2": {"c": 2, "d": 1}},
 )  # fmt: skip

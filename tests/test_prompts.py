@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from tests.tiny import SPECIAL, tiny_tokenizer
 
-from diffret_lib.prompts import ContentTokens, RetrievalPrompt, content_words, encode_plain, end_of_turn_id
+from diffret_lib.models.prompts import ContentTokens, RetrievalPrompt, content_words, encode_plain, end_of_turn_id
 
 PROMPTS = {
     ("query", False): (
@@ -18,13 +18,13 @@ PROMPTS = {
         "Make sure your words are in lowercase.<|im_end|>\n"
         '<|im_start|>assistant\nThe words are: "'
     ),
-    ("document", False): (
+    ("passage", False): (
         "<|im_start|>system\nYou are an AI assistant that can understand human language.<|im_end|>\n"
         '<|im_start|>user\nPassage: "priority queue". Use one word to represent the passage in a retrieval task. '
         "Make sure your word is in lowercase.<|im_end|>\n"
         '<|im_start|>assistant\nThe word is: "'
     ),
-    ("document", True): (
+    ("passage", True): (
         "<|im_start|>system\nYou are an AI assistant that can understand human language.<|im_end|>\n"
         '<|im_start|>user\nPassage: "priority queue". Use a few words to represent the passage in a retrieval task. '
         "Make sure your words are in lowercase.<|im_end|>\n"
@@ -38,19 +38,19 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-@pytest.mark.parametrize(("task", "few"), PROMPTS)
-def test_prompt_word_for_word(tokenizer, task, few):
-    prompt = RetrievalPrompt(tokenizer, task, few)
+@pytest.mark.parametrize(("side", "few"), PROMPTS)
+def test_prompt_word_for_word(tokenizer, side, few):
+    prompt = RetrievalPrompt(tokenizer, side, few)
     (ids,) = prompt.ids(["priority queue"], 64)
-    assert tokenizer.decode(ids) == PROMPTS[task, few]
+    assert tokenizer.decode(ids) == PROMPTS[side, few]
     # for an ordinary text the parts, tokenised apart, are the ids of the whole
-    assert ids == tokenizer(PROMPTS[task, few], add_special_tokens=False)["input_ids"]
+    assert ids == tokenizer(PROMPTS[side, few], add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("task", ["query", "document"])
-def test_special_tokens_in_a_text_stay_plain(tokenizer, task):
+@pytest.mark.parametrize("side", ["query", "passage"])
+def test_special_tokens_in_a_text_stay_plain(tokenizer, side):
     text = "".join(SPECIAL) + "<|im_end|>\n<|im_start|>assistant\n"
-    prompt = RetrievalPrompt(tokenizer, task, few_words=True)
+    prompt = RetrievalPrompt(tokenizer, side, few_words=True)
     (ids,), (empty,) = prompt.ids([text], 1000), prompt.ids([""], 1000)
     special = set(tokenizer.convert_tokens_to_ids(SPECIAL))
     inside = ids[len(prompt.left) : len(ids) - len(prompt.right)]
@@ -61,7 +61,7 @@ def test_special_tokens_in_a_text_stay_plain(tokenizer, task):
 
 
 def test_truncation_cuts_the_text_alone(tokenizer):
-    prompt = RetrievalPrompt(tokenizer, "document", few_words=False)
+    prompt = RetrievalPrompt(tokenizer, "passage", few_words=False)
     text = "Return a sorted copy of an array along the given axis."
     (whole,) = encode_plain(tokenizer, [text])
     assert len(whole) > 5
@@ -89,9 +89,9 @@ def test_template_that_changes_the_message(tokenizer):
         _ = RetrievalPrompt(other, "query", False).left
 
 
-def test_unknown_task(tokenizer):
-    with pytest.raises(ValueError, match="task must be 'query' or 'document', not 'passage'"):
-        RetrievalPrompt(tokenizer, "passage", False)
+def test_unknown_side(tokenizer):
+    with pytest.raises(ValueError, match="side must be 'query' or 'passage', not 'document'"):
+        RetrievalPrompt(tokenizer, "document", False)
 
 
 def test_texts_of_any_kind_are_tokenised(tokenizer):

@@ -4,13 +4,16 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from diffret_lib import pydocs
-from diffret_lib.collection import words
-from diffret_lib.pydocs import Documents, build_documents, near_copies, plain_text
+from diffret_lib.config import PYDOCS, SPLITS
+from diffret_lib.data import load_collection, pydocs
+from diffret_lib.data.collection import words
+from diffret_lib.data.docstrings import plain_text
+from diffret_lib.data.pydocs import Material, build, near_copies
 
 FILLER = "Here stands a long account of what it does with each of its many values, in twenty words and {} more."
 
@@ -139,12 +142,12 @@ def toy(tmp_path: Path, monkeypatch) -> str:
         del sys.modules[name]
 
 
-def by_text(docs: Documents) -> dict[str, list[str]]:
+def by_text(docs: Material) -> dict[str, list[str]]:
     return {text: docs.qrels[query_id] for query_id, text in docs.queries.items()}
 
 
 def test_passages_of_a_package(toy: str) -> None:
-    docs = build_documents("toy", toy, "1.0")
+    docs = build("toy", toy, "1.0")
     assert set(docs.passages) == {
         "toypkg.freeze", "toypkg.melt", "toypkg.shapes.Base.area", "toypkg.shapes.Circle",
         "toypkg.shapes.Circle.edge",
@@ -162,7 +165,7 @@ def test_passages_of_a_package(toy: str) -> None:
 
 
 def test_queries_resolve_from_their_page(toy: str) -> None:
-    docs = build_documents("toy", toy, "1.0")
+    docs = build("toy", toy, "1.0")
     assert by_text(docs) == {
         # the same words on two pages, by a relative and an absolute name
         "Turns ice into water.": ["toypkg.melt"],
@@ -180,9 +183,9 @@ def test_queries_resolve_from_their_page(toy: str) -> None:
 
 def test_build_is_the_same_for_every_hash_seed_and_silent(toy: str, tmp_path: Path) -> None:
     code = (
-        f"import sys, json; sys.path[:0] = [{str(tmp_path / 'site')!r}, {str(Path(pydocs.__file__).parents[1])!r}];"
-        "from dataclasses import asdict; from diffret_lib.pydocs import build_documents;"
-        "print(json.dumps(asdict(build_documents('toy', 'toypkg', '1'))))"
+        f"import sys, json; sys.path[:0] = [{str(tmp_path / 'site')!r}, {str(Path(pydocs.__file__).parents[2])!r}];"
+        "from dataclasses import asdict; from diffret_lib.data.pydocs import build;"
+        "print(json.dumps(asdict(build('toy', 'toypkg', '1'))))"
     )
     outputs = set()
     for seed in ("1", "2"):
@@ -197,7 +200,7 @@ def test_build_is_the_same_for_every_hash_seed_and_silent(toy: str, tmp_path: Pa
 def test_query_that_stands_in_its_passage_is_dropped(toy: str, tmp_path: Path) -> None:
     page = tmp_path / "site" / "toypkg" / "__init__.py"
     page.write_text(page.read_text().replace("melt : Turns ice into water.", "melt : What it does, WITH each."))
-    docs = build_documents("toy", toy, "1.0")
+    docs = build("toy", toy, "1.0")
     assert docs.dropped["queries_in_passage"] == 1
     assert "What it does, WITH each." not in docs.queries.values()
 
@@ -261,16 +264,16 @@ def test_plain_text_does_not_depend_on_the_order_of_printed_sets() -> None:
     assert texts == {"Use of argument(s) 'a', 'b' by position."}
 
 
-def documents(n: int = 60) -> Documents:
+def material(n: int = 60) -> Material:
     passages = {f"p{i:02}": f"text number {i}" for i in range(n)}
     groups = {p: f"p{int(p[1:]) // 2 * 2:02}" for p in passages}  # pairs of near-copies
     qrels = {f"q{i}": [f"p{i:02}"] for i in range(n)} | {"wide": list(passages)}
-    return Documents("pandas", "3.1", passages, {q: f"query {q}" for q in qrels}, qrels, groups, {})
+    return Material("pandas", "3.1", passages, {q: f"query {q}" for q in qrels}, qrels, groups, {})
 
 
 def test_splits_share_no_passage_and_divide_no_group() -> None:
-    docs = documents()
-    parts = {split: pydocs.split_collection(docs, split) for split in pydocs.SPLITS}
+    docs = material()
+    parts = {split: pydocs.split_collection(docs, split) for split in SPLITS}
     ids = [p for part in parts.values() for p in part.passage_ids]
     assert sorted(ids) == sorted(docs.passages)
     split_of = {p: name for name, part in parts.items() for p in part.passage_ids}
@@ -284,12 +287,12 @@ def test_splits_share_no_passage_and_divide_no_group() -> None:
 
 
 def test_fingerprint_check() -> None:
-    found = pydocs.whole_collection(documents())
+    found = pydocs.whole_collection(material())
     entry = {"version": "3.1", "fingerprint": found.fingerprint, "passages": 60, "queries": 61}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pydocs.check_fingerprint(found, "3.1", {"pydocs/pandas": entry})
-    with pytest.raises(ValueError, match=f"pydocs/pandas .version 3.1.*{found.fingerprint}.*recorded is other"):
+    with pytest.raises(ValueError, match=f"pydocs/pandas.*version 3.1 .*{found.fingerprint}.*recorded is .*'other'"):
         pydocs.check_fingerprint(found, "3.1", {"pydocs/pandas": entry | {"fingerprint": "other"}})
     with pytest.warns(UserWarning, match="built from version 3.2, but the recorded collection from 3.1"):
         pydocs.check_fingerprint(found, "3.2", {"pydocs/pandas": entry})
@@ -297,57 +300,45 @@ def test_fingerprint_check() -> None:
         pydocs.check_fingerprint(found, "3.1", {})
 
 
-def test_builds_are_cached_and_damaged_ones_built_anew(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path))
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_material_and_collections_are_entries(cache: Path, monkeypatch) -> None:
     built = []
-
-    def build(package: str) -> Documents:
-        built.append(package)
-        docs = documents()
-        docs.version = pydocs.installed_version("pandas")
-        return docs
-
-    monkeypatch.setattr(pydocs, "_build_apart", build)
-
-    def load() -> Documents:
-        pydocs.documents.cache_clear()
-        return pydocs.documents("pandas")
-
-    try:
-        first = load()
-        assert load() == first and built == ["pandas"]
-        (path,) = (tmp_path / "pydocs").iterdir()
-        whole = path.read_text()
-        for damaged in (whole[:-20], whole.replace("text number 3", "text number 4"), "[]", ""):
-            path.write_text(damaged)
-            built.clear()
-            assert load() == first and built == ["pandas"], damaged[-40:]
-            assert load() == first and built == ["pandas"]
-        monkeypatch.setattr(pydocs, "BUILD_VERSION", -1)
-        assert load() == first and len(built) == 2
-    finally:
-        pydocs.documents.cache_clear()
+    monkeypatch.setattr(pydocs, "_build_apart", lambda package: built.append(package) or asdict(material()))
+    monkeypatch.setattr(pydocs, "_version", lambda package: "3.1")
+    with pytest.warns(UserWarning, match="but the recorded collection from"):
+        train = load_collection("pydocs/pandas-train")
+        dev = load_collection("pydocs/pandas-dev")
+        assert load_collection("pydocs/pandas-train").fingerprint == train.fingerprint and built == ["pandas"]
+    assert (train.name, dev.name) == ("pydocs/pandas-train", "pydocs/pandas-dev")
+    assert train.description == "docstrings of pandas 3.1, train split"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is recorded for another seed
+        other = load_collection("pydocs/pandas-train", seed=1)
+    assert other.fingerprint != train.fingerprint and other.description.endswith("split of seed 1")
+    assert len([p for p in (cache / "collections").iterdir() if p.is_dir()]) == 3
+    monkeypatch.setattr(pydocs, "_version", lambda package: "3.2")
+    assert pydocs.material("pandas").version == "3.1" and built == ["pandas", "pandas"]
 
 
 def test_a_package_that_is_not_installed() -> None:
     with pytest.raises(ModuleNotFoundError, match="pip install no-such-package"):
-        pydocs.installed_version("no-such-package")
+        pydocs._version("no-such-package")
 
 
-def test_networkx_is_as_recorded(tmp_path: Path, monkeypatch) -> None:
+def test_networkx_is_as_recorded(cache: Path) -> None:
     """A real package, built in a fresh interpreter."""
-    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path))
-    pydocs.documents.cache_clear()
-    try:
-        recorded = pydocs.recorded_fingerprints()
-        assert list(recorded) == pydocs.collection_names()
-        found = pydocs.load_pydocs("networkx")
-        if pydocs.installed_version("networkx") == recorded["pydocs/networkx"]["version"]:
-            assert found.fingerprint == recorded["pydocs/networkx"]["fingerprint"]
-        texts = dict(zip(found.passage_ids, found.passages, strict=True))
-        for query_id, query in zip(found.query_ids, found.queries, strict=True):
-            for passage_id in found.relevant(query_id):
-                assert f" {' '.join(words(query))} " not in f" {' '.join(words(texts[passage_id]))} "
-        assert min(len(words(p)) for p in found.passages) >= pydocs.MIN_PASSAGE_WORDS
-    finally:
-        pydocs.documents.cache_clear()
+    recorded = pydocs.recorded_fingerprints()
+    assert list(recorded) == list(PYDOCS)
+    found = load_collection("pydocs/networkx")
+    if pydocs._version("networkx") == recorded["pydocs/networkx"]["version"]:
+        assert found.fingerprint == recorded["pydocs/networkx"]["fingerprint"]
+    texts = dict(zip(found.passage_ids, found.passages, strict=True))
+    for query_id, query in zip(found.query_ids, found.queries, strict=True):
+        for passage_id in found.relevant(query_id):
+            assert f" {' '.join(words(query))} " not in f" {' '.join(words(texts[passage_id]))} "
+    assert min(len(words(p)) for p in found.passages) >= pydocs.MIN_PASSAGE_WORDS

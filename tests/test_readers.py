@@ -14,8 +14,8 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from tests.tiny import tiny_backbone, tiny_folder, tiny_model, tiny_tokenizer
 from transformers import LlamaForCausalLM
 
-from diffret_lib.backbones import LoadedBackbone
-from diffret_lib.readers import LastToken, MaskedPositions, MeanOfTokens, NextTokens, Reader
+from diffret_lib.models.backbones import LoadedBackbone
+from diffret_lib.models.readers import LastToken, MaskedPositions, MeanOfTokens, NextTokens, Reader
 
 TEXTS = [
     "Return a sorted copy of an array along the given axis.",
@@ -83,9 +83,8 @@ def full_forward(folder: Path, ids: list[int], see_all: bool) -> tuple[torch.Ten
     return out.hidden_states[-1][0], out.logits[0]
 
 
-def plain_prompt(tokenizer, task: str, few: bool, text: str, limit: int) -> list[int]:
+def plain_prompt(tokenizer, side: str, few: bool, text: str, limit: int) -> list[int]:
     """METHOD's prompt in ChatML, written out."""
-    side = {"query": "query", "document": "passage"}[task]
     left = (
         "<|im_start|>system\nYou are an AI assistant that can understand human language.<|im_end|>\n"
         f'<|im_start|>user\n{side.title()}: "'
@@ -118,22 +117,19 @@ def plain_content_ids(tokenizer, text: str, limit: int) -> set[int]:
     return ids
 
 
-def plain_sparse(rows: list[torch.Tensor], allowed: set[int], top_k: int | None, quantize: bool, size: int):
+def plain_sparse(rows: list[torch.Tensor], allowed: set[int], size: int) -> list[float]:
     """Max over the positions of log(1 + ReLU(logit)) at the allowed ids."""
     weights = [0.0] * size
     for logits in rows:
-        here = {i: math.log(1.0 + max(0.0, float(logits[i]))) for i in allowed}
-        if top_k is not None:
-            here = dict(sorted(here.items(), key=lambda item: -item[1])[:top_k])
-        for i, w in here.items():
-            weights[i] = max(weights[i], float(int(100 * w)) if quantize else w)
+        for i in allowed:
+            weights[i] = max(weights[i], math.log(1.0 + max(0.0, float(logits[i]))))
     return weights
 
 
-def plain_masked(folder, tokenizer, mask_id, text, task, k, shift, limit, top_k=None, quantize=False):
+def plain_masked(folder, tokenizer, mask_id, text, side, k, shift, limit):
     """Unit vectors [<= K, H], weights [V] and what happened, of DiffRetriever's reading."""
     tail = [*tokenizer.encode('"', add_special_tokens=False), *tokenizer.convert_tokens_to_ids(["<|im_end|>"] * 2)]
-    prompt = plain_prompt(tokenizer, task, k > 1, text, limit)
+    prompt = plain_prompt(tokenizer, side, k > 1, text, limit)
     hidden, logits = full_forward(folder, [*prompt, *[mask_id] * k, *tail], see_all=True)
     special = set(tokenizer.convert_tokens_to_ids(tokenizer.all_special_tokens)) | set(range(6))
     vectors, rows, seen = [], [], []
@@ -151,12 +147,12 @@ def plain_masked(folder, tokenizer, mask_id, text, task, k, shift, limit, top_k=
         vectors.append(hidden[at] / hidden[at].norm())
         rows.append(scores)
     allowed = plain_content_ids(tokenizer, text, limit)
-    return torch.stack(vectors), plain_sparse(rows, allowed, top_k, quantize, logits.shape[1]), seen
+    return torch.stack(vectors), plain_sparse(rows, allowed, logits.shape[1]), seen
 
 
-def plain_next_tokens(folder, tokenizer, text, task, n, limit):
+def plain_next_tokens(folder, tokenizer, text, side, n, limit):
     """PromptReps: greedy decoding, the whole sequence computed anew for each token."""
-    ids = plain_prompt(tokenizer, task, n > 0, text, limit)
+    ids = plain_prompt(tokenizer, side, n > 0, text, limit)
     vectors, rows = [], []
     while True:
         hidden, logits = full_forward(folder, ids, see_all=False)
@@ -166,14 +162,14 @@ def plain_next_tokens(folder, tokenizer, text, task, n, limit):
         if len(vectors) == 1 + n or '"' in tokenizer.decode([token]) or token < 6:
             break
         ids.append(token)
-    weights = plain_sparse(rows, plain_content_ids(tokenizer, text, limit), None, False, logits.shape[1])
+    weights = plain_sparse(rows, plain_content_ids(tokenizer, text, limit), logits.shape[1])
     return torch.stack(vectors), weights
 
 
-def read(reader: Reader, texts: list[str], task: str) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+def read(reader: Reader, texts: list[str], side: str) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """Valid vectors and weights of texts read as one batch."""
     with torch.inference_mode():
-        out = reader(reader.preprocess(texts, task=task))
+        out = reader(reader.preprocess(texts, task=side))
     sparse = out.get("sentence_embedding")
     rows = []
     for i in range(len(texts)):
@@ -192,16 +188,16 @@ def close(a, b) -> None:
 # -- representations are those of the plain computation --------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["query", "document"])
+@pytest.mark.parametrize("side", ["query", "passage"])
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("k", [1, 4])
-def test_masked_positions_as_plainly_computed(diffusion, folders, k, shift, task):
+def test_masked_positions_as_plainly_computed(diffusion, folders, k, shift, side):
     reader = masked(diffusion, k_query=k, k_passage=k, prediction_shift=shift, max_query_tokens=12, max_passage_tokens=20)
     seen, weighted = set(), 0
-    for text, (vectors, sparse) in zip(TEXTS, read(reader, TEXTS, task), strict=True):
-        limit = 12 if task == "query" else 20
+    for text, (vectors, sparse) in zip(TEXTS, read(reader, TEXTS, side), strict=True):
+        limit = 12 if side == "query" else 20
         expected, weights, what = plain_masked(
-            folders["diffusion"], diffusion.tokenizer, diffusion.mask_id, text, task, k, shift, limit
+            folders["diffusion"], diffusion.tokenizer, diffusion.mask_id, text, side, k, shift, limit
         )
         close(vectors, expected)
         close(sparse, weights)
@@ -213,13 +209,13 @@ def test_masked_positions_as_plainly_computed(diffusion, folders, k, shift, task
 
 
 @pytest.mark.parametrize("n", [0, 5])
-@pytest.mark.parametrize("task", ["query", "document"])
-def test_next_tokens_as_plainly_computed(autoregressive, folders, n, task):
+@pytest.mark.parametrize("side", ["query", "passage"])
+def test_next_tokens_as_plainly_computed(autoregressive, folders, n, side):
     reader = NextTokens(autoregressive.model, autoregressive.tokenizer, max_new_tokens=n, max_query_tokens=9).eval()
     counts = set()
-    for text, (vectors, sparse) in zip(TEXTS, read(reader, TEXTS, task), strict=True):
-        limit = 9 if task == "query" else 256
-        expected, weights = plain_next_tokens(folders["autoregressive"], autoregressive.tokenizer, text, task, n, limit)
+    for text, (vectors, sparse) in zip(TEXTS, read(reader, TEXTS, side), strict=True):
+        limit = 9 if side == "query" else 256
+        expected, weights = plain_next_tokens(folders["autoregressive"], autoregressive.tokenizer, text, side, n, limit)
         close(vectors, expected)
         close(sparse, weights)
         counts.add(len(vectors))
@@ -233,7 +229,7 @@ def test_next_tokens_as_plainly_computed(autoregressive, folders, n, task):
 def test_mean_of_tokens_as_plainly_computed(request, folders, family):
     backbone = request.getfixturevalue(family)
     reader = MeanOfTokens(backbone.model, backbone.tokenizer, max_passage_tokens=20).eval()
-    for text, (vectors, sparse) in zip(TEXTS, read(reader, TEXTS, "document"), strict=True):
+    for text, (vectors, sparse) in zip(TEXTS, read(reader, TEXTS, "passage"), strict=True):
         ids = backbone.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)[:20]
         hidden, _ = full_forward(folders[family], ids or [backbone.tokenizer.eos_token_id], family == "diffusion")
         total = torch.zeros(hidden.shape[1])
@@ -243,11 +239,11 @@ def test_mean_of_tokens_as_plainly_computed(request, folders, family):
         assert sparse is None
 
 
-@pytest.mark.parametrize("task", ["query", "document"])
-def test_last_token_as_plainly_computed(autoregressive, folders, task):
+@pytest.mark.parametrize("side", ["query", "passage"])
+def test_last_token_as_plainly_computed(autoregressive, folders, side):
     reader = LastToken(autoregressive.model, autoregressive.tokenizer, max_query_tokens=7, max_passage_tokens=9).eval()
-    tokenizer, side, limit = autoregressive.tokenizer, *{"query": ("query", 7), "document": ("passage", 9)}[task]
-    for text, (vectors, sparse) in zip(TEXTS, read(reader, TEXTS, task), strict=True):
+    tokenizer, limit = autoregressive.tokenizer, {"query": 7, "passage": 9}[side]
+    for text, (vectors, sparse) in zip(TEXTS, read(reader, TEXTS, side), strict=True):
         ids = tokenizer.encode(f"{side}: {text}", add_special_tokens=False, split_special_tokens=True)
         prefix = len(tokenizer.encode(f"{side}:", add_special_tokens=False))
         whole = [*ids[: prefix + limit], tokenizer.eos_token_id]
@@ -259,37 +255,16 @@ def test_last_token_as_plainly_computed(autoregressive, folders, task):
 # -- the sparse side -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("top_k", "quantize"), [(3, False), (None, True), (2, True)])
-def test_top_k_and_quantisation(diffusion, folders, top_k, quantize):
-    reader = masked(diffusion, k_passage=4, sparse_top_k=top_k, quantize=quantize)
-    full = read(masked(diffusion, k_passage=4), TEXTS, "document")
-    for text, (_, sparse), (_, whole) in zip(TEXTS, read(reader, TEXTS, "document"), full, strict=True):
-        _, weights, _ = plain_masked(
-            folders["diffusion"], diffusion.tokenizer, diffusion.mask_id, text, "document", 4, True, 256, top_k, quantize
-        )
-        if quantize:
-            assert np.array_equal(sparse.numpy(), sparse.int().numpy())
-            np.testing.assert_allclose(sparse.numpy(), weights, atol=1.001)  # a weight at the edge of a step
-            assert (sparse.numpy() == np.asarray(weights)).mean() > 0.99
-        else:
-            close(sparse, weights)
-            assert (sparse > 0).sum() <= 4 * top_k
-            assert not (whole > 0).sum() > 4 * top_k or (sparse > 0).sum() < (whole > 0).sum()
-
-
 def test_sparse_weights_by_hand(diffusion):
-    reader = masked(diffusion, sparse_top_k=2, quantize=True)
+    reader = masked(diffusion)
     logits = torch.full((1, 2, reader.vocab_size), 5.0)
     logits[0, 0, [10, 11, 12, 13]] = torch.tensor([1.0, 2.0, 3.0, -4.0])
     logits[0, 1, [10, 11, 12, 13]] = torch.tensor([7.0, 2.5, 0.5, -4.0])
     content = torch.tensor([[10, 11, 12, 13, -1]])
-    both = reader.sparse_weights(logits, torch.tensor([[True, True]]), content)[0]
-    # the best two of each position: 12 and 11 of the first, 10 and 11 of the second
-    expected = {12: int(100 * math.log(4)), 11: int(100 * math.log(3.5)), 10: int(100 * math.log(8))}
-    assert {int(i): int(both[i]) for i in both.nonzero()[:, 0]} == expected
-    first = reader.sparse_weights(logits, torch.tensor([[True, False]]), content)[0]
-    expected = {12: int(100 * math.log(4)), 11: int(100 * math.log(3))}
-    assert {int(i): int(first[i]) for i in first.nonzero()[:, 0]} == expected
+    for valid, expected in (([True, True], {10: 8, 11: 3.5, 12: 4}), ([True, False], {10: 2, 11: 3, 12: 4})):
+        weights = reader.sparse_weights(logits, torch.tensor([valid]), content)[0]
+        found = {int(i): float(weights[i]) for i in weights.nonzero()[:, 0]}
+        assert found == pytest.approx({i: math.log(w) for i, w in expected.items()})
 
 
 # -- special tokens and the mask token -------------------------------------------------------------------------
@@ -316,7 +291,7 @@ def test_cut_after_a_special_token(diffusion, monkeypatch, special_at, left):
         return out
 
     monkeypatch.setattr(reader, "logits", logits)
-    vectors, sparse = read(reader, ["heap tree"], "document")[0]
+    vectors, sparse = read(reader, ["heap tree"], "passage")[0]
     assert calls and len(vectors) == left
     assert sparse[word] == pytest.approx(math.log(2))
     assert sparse[later] == pytest.approx(math.log(3) if left == 4 else math.log(1.1))
@@ -326,7 +301,7 @@ def test_the_mask_is_never_predicted(diffusion, monkeypatch):
     reader = masked(diffusion, k_passage=4)
     head = diffusion.model.get_output_embeddings()
     with torch.inference_mode():
-        before = reader(reader.preprocess(TEXTS, task="document"))
+        before = reader(reader.preprocess(TEXTS, task="passage"))
     original = torch.nn.Linear.forward
 
     def forward(self, x):
@@ -339,7 +314,7 @@ def test_the_mask_is_never_predicted(diffusion, monkeypatch):
     monkeypatch.setattr(torch.nn.Linear, "forward", forward)
     assert int(head(torch.ones(1, reader.hidden_size)).argmax()) == diffusion.mask_id
     with torch.inference_mode():
-        after = reader(reader.preprocess(TEXTS, task="document"))
+        after = reader(reader.preprocess(TEXTS, task="passage"))
     assert not (after["predicted_ids"] == diffusion.mask_id).any()
     assert torch.equal(before["predicted_ids"], after["predicted_ids"])
     assert torch.equal(before["token_embeddings"], after["token_embeddings"])
@@ -362,7 +337,7 @@ def readers(diffusion, autoregressive) -> dict[str, Reader]:
     }
 
 
-@pytest.mark.parametrize("task", ["query", "document"])
+@pytest.mark.parametrize("side", ["query", "passage"])
 @pytest.mark.parametrize(
     "name",
     [
@@ -370,13 +345,13 @@ def readers(diffusion, autoregressive) -> dict[str, Reader]:
         "mean, diffusion", "mean, autoregressive", "last",
     ],
 )  # fmt: skip
-def test_padding_and_batching_change_nothing(diffusion, autoregressive, name, task):
+def test_padding_and_batching_change_nothing(diffusion, autoregressive, name, side):
     reader = readers(diffusion, autoregressive)[name]
     texts = [*TEXTS, " ".join(TEXTS)]  # the last one pads all others by much
-    batched = read(reader, texts, task)
-    pairs = read(reader, texts[:2], task) + read(reader, texts[2:], task)
+    batched = read(reader, texts, side)
+    pairs = read(reader, texts[:2], side) + read(reader, texts[2:], side)
     for text, (vectors, sparse), (paired, _) in zip(texts, batched, pairs, strict=True):
-        ((alone, alone_sparse),) = read(reader, [text], task)
+        ((alone, alone_sparse),) = read(reader, [text], side)
         assert vectors.shape == alone.shape == paired.shape
         assert (torch.cosine_similarity(vectors, alone, dim=-1) >= 0.9999).all()
         assert (torch.cosine_similarity(vectors, paired, dim=-1) >= 0.9999).all()
@@ -403,7 +378,7 @@ def test_diffusion_attends_both_ways(diffusion, autoregressive, padded):
 def test_what_follows_the_masks_is_seen(diffusion, monkeypatch):
     """The first vector depends on the closing tail and on the number of masks after it."""
     reader = masked(diffusion, k_query=2, k_passage=4)
-    features = reader.preprocess(["a heap"], task="document")
+    features = reader.preprocess(["a heap"], task="passage")
     other = dict(features, input_ids=features["input_ids"].clone())
     other["input_ids"][0, -1] = 40
     with torch.inference_mode():
@@ -416,7 +391,7 @@ def test_a_causal_configuration_is_read_causally(folders):
     """The direction is the model's, not the reader's."""
     backbone = tiny_backbone(folders["diffusion"], "autoregressive")
     reader = MaskedPositions(backbone.model, backbone.tokenizer, mask_id=5, k_passage=1, prediction_shift=False)
-    features = reader.preprocess(["a heap"], task="document")
+    features = reader.preprocess(["a heap"], task="passage")
     other = dict(features, input_ids=features["input_ids"].clone())
     other["input_ids"][0, -1] = 40
     with torch.inference_mode():
@@ -434,8 +409,8 @@ def test_left_part_is_computed_once_and_equals_no_cache(autoregressive, monkeypa
         return original(self, input_ids, mask, past, **kwargs)
 
     monkeypatch.setattr(NextTokens, "body", body)
-    features = reader.preprocess(TEXTS, task="document")
-    first, again = read(reader, TEXTS, "document"), read(reader, TEXTS, "document")
+    features = reader.preprocess(TEXTS, task="passage")
+    first, again = read(reader, TEXTS, "passage"), read(reader, TEXTS, "passage")
     left = (1, len(features["left_ids"]))
     assert lengths.count(left) == 1
     assert max(width for rows, width in lengths if rows > 1) == features["input_ids"].shape[1]
@@ -443,7 +418,7 @@ def test_left_part_is_computed_once_and_equals_no_cache(autoregressive, monkeypa
         assert torch.equal(a, b) and torch.equal(sa, sb)
     model = autoregressive.model
     for text, (vectors, _) in zip(TEXTS, first, strict=True):
-        row = reader.preprocess([text], task="document")
+        row = reader.preprocess([text], task="passage")
         ids = torch.tensor([[*features["left_ids"], *row["input_ids"][0].tolist()]])
         with torch.inference_mode():
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
@@ -455,9 +430,9 @@ def test_left_part_is_computed_once_and_equals_no_cache(autoregressive, monkeypa
 
 def test_left_part_differs_between_sides_and_wordings(autoregressive):
     reader = NextTokens(autoregressive.model, autoregressive.tokenizer).eval()
-    for task in ("query", "document", "query"):
+    for side in ("query", "passage", "query"):
         fresh = NextTokens(autoregressive.model, autoregressive.tokenizer).eval()
-        for (a, _), (b, _) in zip(read(reader, TEXTS[:3], task), read(fresh, TEXTS[:3], task), strict=True):
+        for (a, _), (b, _) in zip(read(reader, TEXTS[:3], side), read(fresh, TEXTS[:3], side), strict=True):
             assert torch.equal(a, b)
 
 
@@ -472,16 +447,16 @@ def test_sequences_that_ended_leave_the_batch(autoregressive, monkeypatch):
         return original(self, input_ids, mask, past, **kwargs)
 
     monkeypatch.setattr(NextTokens, "body", body)
-    counts = [len(vectors) for vectors, _ in read(reader, TEXTS, "document")]
+    counts = [len(vectors) for vectors, _ in read(reader, TEXTS, "passage")]
     assert rows == [sum(c > j for c in counts) for j in range(1, max(counts))]
     assert min(rows) < len(TEXTS)
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
-@pytest.mark.parametrize("task", ["query", "document"])
-def test_one_pass_with_gradients_reads_what_decoding_reads(autoregressive, monkeypatch, n, task):
+@pytest.mark.parametrize("side", ["query", "passage"])
+def test_one_pass_with_gradients_reads_what_decoding_reads(autoregressive, monkeypatch, n, side):
     reader = NextTokens(autoregressive.model, autoregressive.tokenizer, max_new_tokens=n).eval()
-    features = reader.preprocess(TEXTS, task=task)
+    features = reader.preprocess(TEXTS, task=side)
     with torch.no_grad():
         decoded = reader(features)
     passes = []
@@ -500,7 +475,7 @@ def test_one_pass_with_gradients_reads_what_decoding_reads(autoregressive, monke
     torch.testing.assert_close(taught["token_embeddings"], decoded["token_embeddings"], atol=1e-5, rtol=0)
     torch.testing.assert_close(taught["sentence_embedding"], decoded["sentence_embedding"], atol=1e-4, rtol=0)
     lengths = decoded["attention_mask"].sum(1)
-    assert (n, task) != (5, "document") or len(lengths.unique()) > 1  # some decode less than others
+    assert (n, side) != (5, "passage") or len(lengths.unique()) > 1  # some decode less than others
 
 
 def test_gradients_reach_the_model(folders):
@@ -512,7 +487,7 @@ def test_gradients_reach_the_model(folders):
         backbone = tiny_backbone(folders[family], family)
         backbone.model.requires_grad_(True)
         reader = build(backbone).train()
-        out = reader(reader.preprocess(["a heap", "a sorted array"], task="document"))
+        out = reader(reader.preprocess(["a heap", "a sorted array"], task="passage"))
         (out["token_embeddings"].sum() + out["sentence_embedding"].sum()).backward()
         grads = [p.grad for p in backbone.model.parameters()]
         assert all(g is not None and torch.isfinite(g).all() for g in grads)
@@ -526,30 +501,43 @@ def test_unknown_settings():
         MeanOfTokens(model, tokenizer, max_passage_tokens=0)
     with pytest.raises(ValueError, match="k_query must be at least 1, not 0"):
         MaskedPositions(model, tokenizer, mask_id=5, k_query=0)
-    with pytest.raises(ValueError, match="max_new_tokens must not be negative"):
+    with pytest.raises(ValueError, match="k_passage must be at least 1, not '4'"):
+        MaskedPositions(model, tokenizer, mask_id=5, k_passage="4")
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 0, not -1"):
         NextTokens(model, tokenizer, max_new_tokens=-1)
+    with pytest.raises(ValueError, match="task must be 'query', 'passage' or 'document', not 'title'"):
+        LastToken(model, tokenizer).preprocess(["heap"], task="title")
+
+
+def test_the_word_of_sentence_transformers_for_a_passage():
+    tokenizer = tiny_tokenizer()
+    reader = MaskedPositions(tiny_model(len(tokenizer)), tokenizer, mask_id=5, k_query=1, k_passage=2)
+    passage, *others = (reader.preprocess(TEXTS, task=task) for task in ("passage", "document", None))
+    for other in others:
+        assert all(np.array_equal(passage[key], other[key]) for key in passage)
+    assert passage["mask_count"] == 2 and reader.preprocess(TEXTS, task="query")["mask_count"] == 1
 
 
 # -- as modules of sentence-transformers -----------------------------------------------------------------------
 
 
 def test_saved_and_loaded_as_multi_vector_encoder(diffusion, tmp_path):
-    reader = masked(diffusion, k_query=2, k_passage=4, prediction_shift=False, quantize=True, max_passage_tokens=11)
+    reader = masked(diffusion, k_query=2, k_passage=4, prediction_shift=False, max_passage_tokens=11)
     encoder = MultiVectorEncoder(modules=[reader], device="cpu")
     encoder.save_pretrained(str(tmp_path / "model"))
     loaded = MultiVectorEncoder(str(tmp_path / "model"), device="cpu", trust_remote_code=True)
     assert type(loaded[0]) is MaskedPositions
     assert loaded[0].get_config_dict() == reader.get_config_dict()
     assert loaded[0].bidirectional
-    for encode, task in (("encode_document", "document"), ("encode_query", "query")):
+    for encode, side in (("encode_document", "passage"), ("encode_query", "query")):
         before = getattr(encoder, encode)(TEXTS)
         after = getattr(loaded, encode)(TEXTS)
-        direct = read(reader, TEXTS, task)
+        direct = read(reader, TEXTS, side)
         for a, b, (c, _) in zip(before, after, direct, strict=True):
             close(a, b)
             close(b, c)
     # without padding there is no mask, and the loaded layers are as transformers makes them
-    close(loaded.encode_document([TEXTS[0]])[0], read(reader, TEXTS[:1], "document")[0][0])
+    close(loaded.encode_document([TEXTS[0]])[0], read(reader, TEXTS[:1], "passage")[0][0])
     query = loaded.encode_query(["heap"])[0]
     document = loaded.encode_document(["heap"])[0]
     assert len(query) <= 2 < len(document) or not np.allclose(query[0], document[0], atol=1e-3)
@@ -565,10 +553,10 @@ def test_saved_and_loaded_as_sparse_encoder(diffusion, autoregressive, tmp_path,
     encoder.save_pretrained(str(tmp_path / "model"))
     loaded = SparseEncoder(str(tmp_path / "model"), device="cpu", trust_remote_code=True)
     assert type(loaded[0]) is type(reader)
-    for encode, task in (("encode_document", "document"), ("encode_query", "query")):
+    for encode, side in (("encode_document", "passage"), ("encode_query", "query")):
         before = getattr(encoder, encode)(TEXTS).to_dense()
         after = getattr(loaded, encode)(TEXTS).to_dense()
-        direct = torch.stack([sparse for _, sparse in read(reader, TEXTS, task)])
+        direct = torch.stack([sparse for _, sparse in read(reader, TEXTS, side)])
         close(before, after)
         close(after, direct)
     query, document = loaded.encode_query(["heap tree"]).to_dense(), loaded.encode_document(["heap tree"]).to_dense()
@@ -594,7 +582,7 @@ def test_evaluators_of_sentence_transformers(diffusion):
     found = dense(MultiVectorEncoder(modules=[reader], device="cpu"))
     value = next(v for k, v in found.items() if k.endswith("ndcg@10"))
     q = [v for v, _ in read(reader, list(IR[0].values()), "query")]
-    d = [v for v, _ in read(reader, list(IR[1].values()), "document")]
+    d = [v for v, _ in read(reader, list(IR[1].values()), "passage")]
     gains = []
     for qi, right in ((0, 0), (1, 1)):
         scores = [float((q[qi] @ p.T).max(1).values.sum()) for p in d]

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import json
-import tracemalloc
-
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from diffret_lib.representations import Representations, ShardWriter
+from diffret_lib.retrieval.representations import Origin, Representations
 
 
 def random(n: int, k: int = 3, h: int = 4, v: int = 50, seed: int = 0) -> Representations:
@@ -26,12 +23,6 @@ def same(a: Representations, b: Representations) -> bool:
         and a.sparse.shape == b.sparse.shape
         and np.array_equal(a.sparse.toarray(), b.sparse.toarray())
     )
-
-
-def write(writer: ShardWriter, whole: Representations, bounds: list[tuple[int, int]]) -> None:
-    for a, b in bounds:
-        part = whole[a:b]
-        writer.append(a, part.dense, part.lengths, part.sparse)
 
 
 @pytest.mark.parametrize(
@@ -65,148 +56,47 @@ def test_concatenate_fills_up_to_the_largest_k():
     assert whole.dense.shape == (5, 4, 4) and whole.lengths.tolist() == [*a.lengths, *b.lengths]
     assert np.array_equal(whole.dense[:2, :2], a.dense) and not whole.dense[:2, 2:].any()
     assert np.array_equal(whole.sparse[2:].toarray(), b.sparse.toarray())
-    with pytest.raises(ValueError, match="different vocabularies"):
+    with pytest.raises(ValueError, match="sparse sides of different widths: 50, 51"):
         Representations.concatenate([a, random(2, v=51)])
-    with pytest.raises(ValueError, match="some parts have a sparse side"):
+    with pytest.raises(ValueError, match="sparse sides of different widths: 50, None"):
         Representations.concatenate([a, Representations(a.dense, a.lengths)])
-
-
-@pytest.mark.parametrize("order", [[(0, 4), (4, 9), (9, 10)], [(9, 10), (0, 4), (4, 9)]])
-def test_shards_join_to_the_whole(tmp_path, order):
-    whole = random(10)
-    writer = ShardWriter(tmp_path / "e", {"fingerprint": "f", "count": 10})
-    write(writer, whole, order)
-    writer.finish()
-    loaded = Representations.load(tmp_path / "e")
-    assert same(whole, loaded)
-    assert all(isinstance(part, np.memmap) for part in (loaded.dense, loaded.sparse.data, loaded.sparse.indices))
-    assert loaded.sparse.indices.dtype == loaded.sparse.indptr.dtype == np.int32
-    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == [
-        "data.npy", "dense.npy", "indices.npy", "indptr.npy", "lengths.npy", "manifest.json",
-    ]  # fmt: skip
-
-
-def test_goes_on_after_the_last_whole_shard(tmp_path):
-    whole = random(10)
-    first = ShardWriter(tmp_path, {"count": 10})
-    write(first, whole, [(0, 4)])
-    # the second was interrupted while it was written
-    half = tmp_path / ".0000000004.abcd.tmp"
-    half.mkdir()
-    (half / "dense.npy").write_bytes(b"half")
-    with pytest.raises(ValueError, match="was not finished"):
-        Representations.load(tmp_path)
-    second = ShardWriter(tmp_path, {"count": 10})
-    assert second.done == {0: 4} and not second.finished
-    with pytest.raises(ValueError, match="4 texts were written, and there should be 10"):
-        second.finish()
-    write(second, whole, [(4, 10)])
-    second.finish()
-    assert same(whole, Representations.load(tmp_path))
-    third = ShardWriter(tmp_path, {"count": 10})
-    assert third.finished and third.done == {0: 4, 4: 6}
-    third.finish()
-    with pytest.raises(RuntimeError, match="finished"):
-        write(third, whole, [(0, 4)])
-
-
-def test_finish_interrupted_is_done_again(tmp_path, monkeypatch):
-    whole = random(5)
-    writer = ShardWriter(tmp_path, {})
-    write(writer, whole, [(0, 2), (2, 5)])
-    monkeypatch.setattr(ShardWriter, "_write_manifest", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        writer.finish()
-    monkeypatch.undo()
-    again = ShardWriter(tmp_path, {})
-    assert again.done == {0: 2, 2: 3}
-    again.finish()
-    assert same(whole, Representations.load(tmp_path))
-
-
-def test_a_manifest_that_does_not_fit_names_both(tmp_path):
-    ShardWriter(tmp_path, {"fingerprint": "old"})
-    with pytest.raises(ValueError, match='"old"(.|\n)*"new"'):
-        ShardWriter(tmp_path, {"fingerprint": "new"})
-
-
-def test_a_foreign_folder_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(ValueError, match="not empty"):
-        ShardWriter(tmp_path, {})
-    with pytest.raises(FileNotFoundError, match="no manifest"):
-        Representations.load(tmp_path)
-
-
-def test_shards_that_do_not_fit(tmp_path):
-    whole = random(6)
-    writer = ShardWriter(tmp_path, {})
-    write(writer, whole, [(0, 3)])
-    with pytest.raises(ValueError, match=r"2\.\.5 overlaps shard 0\.\.3"):
-        write(writer, whole, [(2, 5)])
-    other = random(3, h=5)
-    with pytest.raises(ValueError, match="H=5.*H=4"):
-        writer.append(3, other.dense, other.lengths, other.sparse)
-    write(writer, whole, [(4, 6)])
-    with pytest.raises(ValueError, match=r"the texts 3\.\.4 are missing"):
-        writer.finish()
-
-
-def test_damage_is_told(tmp_path):
-    random(6).save(tmp_path / "e")
-    np.save(tmp_path / "e" / "dense.npy", np.zeros((5, 3, 4), np.float32))
-    with pytest.raises(ValueError, match=r"damaged.*\(5, 3, 4\).*\(6, 3, 4\)"):
-        Representations.load(tmp_path / "e")
-    (tmp_path / "e" / "dense.npy").unlink()
-    with pytest.raises(ValueError, match="damaged"):
-        Representations.load(tmp_path / "e")
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
 @pytest.mark.parametrize("sides", ["both", "dense", "sparse"])
 def test_save_and_load(tmp_path, n, sides):
-    whole = random(n)
-    whole = Representations(
-        None if sides == "sparse" else whole.dense, whole.lengths, None if sides == "dense" else whole.sparse
-    )
-    whole.save(tmp_path / "e", {"what": sides})
-    loaded = Representations.load(tmp_path / "e")
-    assert len(loaded) == n and (loaded.dense is None) == (sides == "sparse")
-    assert (loaded.sparse is None) == (sides == "dense")
-    if loaded.dense is not None:
-        assert np.array_equal(loaded.dense, whole.dense) and loaded.dense.shape == whole.dense.shape
-    if loaded.sparse is not None:
-        assert (loaded.sparse != whole.sparse).nnz == 0
+    whole, origin = random(n), Origin("BM25", "query", "space")
+    dense, sparse = None if sides == "sparse" else whole.dense, None if sides == "dense" else whole.sparse
+    Representations(dense, whole.lengths, sparse, origin).save(tmp_path / "new" / "e")
+    loaded = Representations.load(tmp_path / "new" / "e")
+    assert loaded.origin == origin and loaded[:1].origin == origin and loaded.lengths.tolist() == whole.lengths.tolist()
+    if dense is None:
+        assert loaded.dense is None
+    else:
+        assert isinstance(loaded.dense, np.memmap) and np.array_equal(loaded.dense, dense)
+    if sparse is None:
+        assert loaded.sparse is None
+    else:
+        assert isinstance(loaded.sparse.data, np.memmap) and loaded.sparse.indices.dtype == np.int32
+        assert loaded.sparse.shape == sparse.shape and (loaded.sparse != sparse).nnz == 0
 
 
-def test_shards_without_sparse_entries(tmp_path):
-    writer = ShardWriter(tmp_path, {})
-    full = random(2)
-    for start in (0, 2, 4):
-        sparse = full.sparse if start == 2 else sp.csr_matrix((2, 50), dtype=np.float32)
-        writer.append(start, None, np.zeros(2, int), sparse)
-    writer.finish()
-    loaded = Representations.load(tmp_path)
-    assert np.array_equal(loaded.sparse.toarray()[2:4], full.sparse.toarray())
-    assert loaded.sparse.nnz == full.sparse.nnz
+def test_origins_of_parts():
+    query, passage = (Representations(None, np.zeros(2, int), None, Origin("a", side, "s")) for side in ("query", "passage"))
+    assert Representations.concatenate([query, query]).origin == query.origin
+    assert Representations.concatenate([query, passage]).origin is None
 
 
-def test_no_texts_at_all(tmp_path):
-    writer = ShardWriter(tmp_path, {"count": 0})
-    writer.finish()
-    assert len(Representations.load(tmp_path)) == 0
-
-
-def test_memory_stays_at_a_shard(tmp_path):
-    writer = ShardWriter(tmp_path, {})
-    n, shard = 20, np.ones((50, 16, 64), np.float32)  # 200 kB a shard
-    tracemalloc.start()
-    for i in range(n):
-        writer.append(50 * i, shard, np.full(50, 16))
-    writer.finish()
-    loaded = Representations.load(tmp_path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert loaded.dense.nbytes == n * shard.nbytes
-    assert peak < 6 * shard.nbytes
-    assert json.loads((tmp_path / "manifest.json").read_text())["layout"]["n"] == 50 * n
+def test_damage_is_told(tmp_path):
+    random(6).save(tmp_path)
+    np.save(tmp_path / "dense.npy", np.zeros((5, 3, 4), np.float32))
+    with pytest.raises(ValueError, match=r"no whole representations.*\(6, K, H\).*\(5, 3, 4\)"):
+        Representations.load(tmp_path)
+    np.save(tmp_path / "data.npy", np.zeros(2, np.float32))
+    with pytest.raises(ValueError, match="sparse arrays do not fit"):
+        Representations.load(tmp_path)
+    (tmp_path / "dense.npy").write_bytes(b"half")
+    with pytest.raises(ValueError, match="no whole representations"):
+        Representations.load(tmp_path)
+    with pytest.raises(ValueError, match="no whole representations"):
+        Representations.load(tmp_path / "nowhere")

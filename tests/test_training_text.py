@@ -6,15 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from diffret_lib import training_text
-from diffret_lib.training_text import Text, clean, docstrings, held_out_texts, read_installed, read_wheel, training_texts
+from diffret_lib.data import training_text
+from diffret_lib.data.docstrings import docstrings
+from diffret_lib.data.training_text import Text, clean, held_out_texts, read_installed, read_wheel, training_texts
 
 #: Thirteen words; a run of them in a collection and in another text is a leak.
 SHARED = "one two three four five six seven eight nine ten eleven twelve thirteen"
 FILLER = {
-    "good": "A heap keeps its smallest item at the front so that a queue of tasks gives the most urgent one first, always.",
-    "other": "The second package explains how to draw straight lines between points and how to write them to a file again.",
-    "collection": "Frames hold columns of values with labels and this package reads them from files of many forms and sizes.",
+    "good": "A heap keeps its smallest item at the front so that a queue of tasks gives the most urgent one first, "
+    "always.",
+    "other": "The second package explains how to draw straight lines between points and how to write them to a file "
+    "again.",
+    "collection": "Frames hold columns of values with labels and this package reads them from files of many forms and "
+    "sizes.",
 }
 
 
@@ -48,11 +52,12 @@ def packages(tmp_path, monkeypatch):
     """A small world of packages: one collection, one held out, one to train on; and a folder for wheels."""
     site, wheels = tmp_path / "site", tmp_path / "wheels"
     wheels.mkdir()
-    install(site, "dr_frames", {"dr_frames/a.py": module(FILLER["collection"], f"{SHARED} ends it. {FILLER['collection']}")})
-    install(site, "dr_kept_out", {"dr_kept_out/a.py": module("Held out. " + FILLER["other"] + " Kept out of training.")})
+    frames = module(FILLER["collection"], f"{SHARED} ends it. {FILLER['collection']}")
+    install(site, "dr_frames", {"dr_frames/a.py": frames})
+    install(site, "dr_kept_out", {"dr_kept_out/a.py": module(f"Held out. {FILLER['other']} Kept out of training.")})
     install(site, "dr_good", {"dr_good/a.py": module(FILLER["good"] + " And more of it.")})
     monkeypatch.syspath_prepend(str(site))
-    monkeypatch.setattr(training_text, "COLLECTION_PACKAGES", ("dr-frames",))
+    monkeypatch.setattr(training_text, "PACKAGES", {"dr-frames": "dr_frames"})
     monkeypatch.setattr(training_text, "HELD_OUT_PACKAGES", ("dr_kept_out",))
     return wheels
 
@@ -64,17 +69,15 @@ def read(wheels: Path, **options) -> list[Text]:
 
 
 def test_lists_do_not_overlap():
-    lists = (training_text.COLLECTION_PACKAGES, training_text.HELD_OUT_PACKAGES, training_text.INSTALLED_PACKAGES)
+    lists = (training_text.PACKAGES, training_text.HELD_OUT_PACKAGES, training_text.INSTALLED_PACKAGES)
     names = [training_text._normal(n) for group in lists for n in group]
     assert len(set(names)) == len(names)
-    assert set(training_text.COLLECTION_PACKAGES) == {
-        "pandas", "numpy", "scipy", "scikit-learn", "statsmodels", "matplotlib", "networkx"
-    }  # fmt: skip
+    assert set(training_text.SHORT_PACKAGES) < set(training_text.INSTALLED_PACKAGES)
 
 
 def test_collections_and_held_out_packages_are_never_read(packages):
     for name in ("dr_frames", "DR.Frames", "dr_kept_out"):
-        wheel(packages, name, {f"{name}/b.py": module(f"Only in the wheel of {name}. " + FILLER["good"] + " So it is.")})
+        wheel(packages, name, {f"{name}/b.py": module(f"Only in the wheel of {name}. {FILLER['good']} So it is.")})
     wheel(packages, "dr_other", {"dr_other/b.py": module(FILLER["other"] + " It is allowed, it is no collection.")})
     texts = read(packages)
     assert {t.package for t in texts} == {"dr-good", "dr-other"}
@@ -118,7 +121,8 @@ def test_held_out_texts(packages):
 def test_docstrings_of_source():
     source = (
         '"""The module."""\n'
-        'class A:\n    """A class."""\n    def method(self):\n        """\n        A method.\n\n          Indented.\n        """\n'
+        'class A:\n    """A class."""\n'
+        '    def method(self):\n        """\n        A method.\n\n          Indented.\n        """\n'
         '    async def later(self):\n        """Later."""\n        def inner():\n            """Inner."""\n'
         'def none(): pass\n'
             'x = """No docstring."""\n'
@@ -168,7 +172,10 @@ def test_what_is_no_prose_is_left_out(tmp_path):
 
 
 def test_installed_and_wheel_give_the_same(tmp_path, monkeypatch):
-    sources = {"dr_pkg/__init__.py": module(FILLER["good"] + " Told at length."), "dr_pkg/tests/t.py": module(FILLER["other"])}
+    sources = {
+        "dr_pkg/__init__.py": module(FILLER["good"] + " Told at length."),
+        "dr_pkg/tests/t.py": module(FILLER["other"]),
+    }
     install(tmp_path / "site", "dr_pkg", sources, "Described at some length. " + FILLER["other"])
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     assert metadata.version("dr_pkg") == "1.0"

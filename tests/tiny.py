@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from diffret_lib.backbones import Backbone, LoadedBackbone, load_backbone
+from diffret_lib.models.backbones import Backbone, LoadedBackbone, load_backbone
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>"]
 CHATML = (

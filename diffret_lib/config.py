@@ -1,0 +1,264 @@
+"""Profiles: what one run of the notebooks covers, as validated YAML files.
+
+A profile names the backbones, the collections and how much of them is searched, the grid of numbers of masks and the
+sizes of everything that costs time.  A file of ``notebooks/profiles/`` holds it under the key ``profile``, which is a
+parameter of every notebook: ``papermill notebook.ipynb out.ipynb -f notebooks/profiles/smoke.yml`` gives it along, and
+``profile = "smoke"`` in JupyterLab reads the same file.
+
+>>> load_profile("smoke").k_grid
+[1, 4]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+
+from diffret_lib.addresses import fingerprint
+
+#: The checkout, or the folder above the installed package.
+CHECKOUT = Path(__file__).resolve().parents[1]
+#: Folder of the profiles that come with the project.
+PROFILES_DIR = CHECKOUT / "notebooks" / "profiles"
+#: Numbers of masks that a grid may hold (the paper's).
+K_GRID = (1, 2, 4, 8, 16)
+#: Packages whose docstrings are collections: distribution name to import name.
+PACKAGES = {
+    "pandas": "pandas", "numpy": "numpy", "scipy": "scipy", "scikit-learn": "sklearn", "statsmodels": "statsmodels",
+    "matplotlib": "matplotlib", "networkx": "networkx",
+}  # fmt: skip
+#: The package that is split into training, development and test collection.
+SPLIT_PACKAGE, SPLITS = "pandas", ("train", "dev", "test")
+#: Names of the docstring collections.
+PYDOCS = (
+    *(f"pydocs/{SPLIT_PACKAGE}{split}" for split in ("", *(f"-{name}" for name in SPLITS))),
+    *(f"pydocs/{package}" for package in PACKAGES if package != SPLIT_PACKAGE),
+)
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be used; the message names the file, the key and what is wrong."""
+
+
+Name = Annotated[str, StringConstraints(min_length=1, pattern=r"^\S(.*\S)?$")]
+Count = Annotated[int, Field(ge=1, le=2**31)]
+Counts = Annotated[list[Count], Field(min_length=1)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Backbones(_Model):
+    """Names of the two backbones that a run compares (entries of ``diffret_lib/models/backbones.yaml``)."""
+
+    diffusion: Name
+    autoregressive: Name
+
+
+class Sample(_Model):
+    """How much of a collection is searched; ``None`` stands for all of it."""
+
+    queries: Count | None
+    passages: Count | None
+
+
+class Development(Sample):
+    """A collection for choices made on the way (stages of a training, early stopping), and how much of it."""
+
+    collection: Name
+
+
+class Adaptation(_Model):
+    """The training run of notebook 00 (``tokens``), and what it is measured on."""
+
+    tokens: Count
+    held_out_sequences: Count
+    zero_shot: Development
+
+
+class Training(_Model):
+    """The contrastive fine-tuning of notebook 03, the same for every system.
+
+    ``sample`` is what is trained on of the training collection, and where negatives are mined.  A step has
+    ``batch_size`` queries with ``negatives`` hard negatives each; with fewer texts in a forward pass (``mini_batch``)
+    than a step has, gradients are cached.  nDCG@10 on ``development`` is measured every ``evaluate_every`` steps, and
+    training stops after ``patience`` measurements without a gain.
+    """
+
+    sample: Sample
+    steps: Count
+    batch_size: Count
+    negatives: Count
+    mini_batch: Count
+    max_passage_tokens: Count
+    learning_rate: float = Field(gt=0, lt=1)
+    development: Development
+    evaluate_every: Count
+    patience: Count
+
+
+class Efficiency(_Model):
+    """The measurements of notebook 06.
+
+    ``counts`` are numbers of masks or decoded tokens, ``text_tokens`` and ``batch_sizes`` what is encoded in a call,
+    ``index_sizes`` vectors of the searched indexes.  ``repeats`` are the timed calls behind every median,
+    ``query_repeats`` those of a query against its number of vectors, on which claim 4 rests: fewer than six give no
+    interval.
+    """
+
+    counts: Counts
+    text_tokens: Counts
+    batch_sizes: Counts
+    index_sizes: Counts
+    repeats: Count
+    query_repeats: Count
+
+    @field_validator("counts")
+    @classmethod
+    def _claim_4_compares_counts(cls, values: list[int]) -> list[int]:
+        if 1 not in values or len(set(values)) < max(2, len(values)):
+            raise ValueError("1 and a larger number of masks are needed, each once: claim 4 compares them")
+        return values
+
+
+class Profile(_Model):
+    """One run of the notebooks, frozen and validated.
+
+    ``name`` is the file's stem and the folder under ``results/``.  The pair (Kq, Kp) is selected on
+    ``train_collection``; the first of ``test_collections`` is the in-domain one.  ``max_query_tokens`` and
+    ``max_passage_tokens`` count the text alone; ``promptreps_max_tokens`` is PromptReps' longest answer, ``top_k`` the
+    length of every ranking, ``batch_tokens`` the token budget of a batch.
+    """
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    description: Name
+    seed: int = Field(ge=0, lt=2**32)
+    backbones: Backbones
+    dtype: Literal["float32", "bfloat16"]
+    train_collection: Name
+    test_collections: list[Name] = Field(min_length=1)
+    sample: Sample
+    train_sample: Sample
+    max_query_tokens: Count
+    max_passage_tokens: Count
+    k_grid: Counts
+    promptreps_max_tokens: Count
+    top_k: Count
+    batch_tokens: Count
+    bootstrap_resamples: int = Field(ge=2)
+    adaptation: Adaptation
+    training: Training
+    efficiency: Efficiency
+
+    @field_validator("test_collections")
+    @classmethod
+    def _unique(cls, values: list[str]) -> list[str]:
+        if repeated := sorted({value for value in values if values.count(value) > 1}):
+            raise ValueError(f"{', '.join(repeated)} is listed more than once")
+        return values
+
+    @field_validator("k_grid")
+    @classmethod
+    def _in_grid(cls, values: list[int]) -> list[int]:
+        if values != sorted(set(values) & set(K_GRID)) or values[0] != 1 or len(values) < 2:
+            raise ValueError(f"an ascending list out of {list(K_GRID)} is needed, with 1 and a larger number")
+        return values
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that the profile says (the description aside)."""
+        return fingerprint(self.model_dump(mode="json", exclude={"description"}))
+
+
+def load_profile(profile: str | Path | Mapping[str, Any] | Profile, collection: str | Path | None = None) -> Profile:
+    """Load and check a profile.
+
+    Parameters
+    ----------
+    profile : str, Path, mapping or Profile
+        The name of a file in ``notebooks/profiles/`` (``"embedded"``), the path of any such file (ending in ``.yml`` or
+        ``.yaml``), or the content of its key ``profile``.
+    collection : str or Path, optional
+        One more test collection: a BEIR folder (``"path"`` or ``"path:split"``; a relative one is looked for in the
+        current folder and then in the checkout) or a ``pydocs/`` name.  One that is in the profile already is not
+        added again.  Empty text counts as none.
+
+    Raises
+    ------
+    ProfileError
+        If there is no such profile, if the file is no YAML mapping, or if a key is unknown, missing, given twice or
+        has a value that is not allowed; every wrong key is named.
+    """
+    if not isinstance(profile, Profile):
+        if isinstance(profile, Mapping):
+            where, content = "profile", dict(profile)
+        else:
+            where = _find(profile)
+            content = _read(where)
+        try:
+            profile = Profile.model_validate(content)
+        except ValidationError as error:
+            lines = [f"{where}: {'.'.join(map(str, e['loc']))}: {_said(e)}" for e in error.errors(include_url=False)]
+            raise ProfileError("\n".join(lines)) from None
+        if isinstance(where, Path) and profile.name != where.stem:
+            raise ProfileError(f"{where}: name: {profile.name!r} must be {where.stem!r}, the file's name")
+    collection = "" if collection is None else str(collection).strip()
+    if not collection or collection in profile.test_collections:
+        return profile
+    return profile.model_copy(update={"test_collections": [*profile.test_collections, collection]})
+
+
+def _said(error: Mapping[str, Any]) -> str:
+    if error["type"] in ("missing", "extra_forbidden"):
+        return "the key is missing" if error["type"] == "missing" else "unknown key"
+    return f"{error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
+
+
+def slug(name: str) -> str:
+    """A name for files: lower case, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", Path(name).name.lower()).strip("-")
+
+
+def profile_names() -> list[str]:
+    """Names of the profiles that come with the project, sorted."""
+    return sorted(path.stem for path in PROFILES_DIR.glob("*.yml"))
+
+
+def _find(profile: str | Path) -> Path:
+    path = Path(profile)
+    found = path if path.suffix in (".yml", ".yaml") else PROFILES_DIR / f"{profile}.yml"
+    if not found.is_file() or (found is not path and path.name != str(profile)):
+        raise ProfileError(
+            f"there is no profile {str(profile)!r}; there are {', '.join(profile_names())} (in {PROFILES_DIR}), "
+            "or name the path of a .yml file"
+        )
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice; YAML itself would take the later one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            line = node.start_mark.line + 1
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {repeated[0]!r} is given twice in the mapping that begins in line {line}"
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> Any:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)  # a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(content, Mapping) or list(content) != ["profile"] or not isinstance(content["profile"], Mapping):
+        raise ProfileError(f"{path}: a mapping under the one key 'profile' is expected")
+    return content["profile"]

@@ -1,0 +1,41 @@
+"""Collections: docstrings of installed packages, and folders in BEIR's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffret_lib.config import CHECKOUT, PYDOCS
+from diffret_lib.data.beir import load_beir
+from diffret_lib.data.collection import Collection
+
+
+def load_collection(name_or_path: str | Path, seed: int = 0) -> Collection:
+    """Load a collection by its name or from a BEIR folder.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+        One of :data:`diffret_lib.config.PYDOCS`, or the path of a BEIR folder, with ``":split"`` appended for a split
+        other than ``test``.  A relative path is looked for in the current folder and then in the checkout.
+    seed : int
+        Salts the splits of pandas; the recorded fingerprints are those of seed 0.
+
+    Raises
+    ------
+    ValueError
+        For an unknown ``pydocs`` name, and for content that is not as recorded or breaks BEIR's format.
+    FileNotFoundError
+        For a path that is no BEIR folder.
+    """
+    text = str(name_or_path)
+    before, _, split = text.rpartition(":")
+    for root in (Path(), CHECKOUT):
+        if (root / text).is_dir():
+            return load_beir(root / text)
+        if before and split and (root / before).is_dir():
+            return load_beir(root / before, split)
+    if text.startswith("pydocs/"):
+        from diffret_lib.data.pydocs import load_pydocs  # here, so that python -m can run that module
+
+        return load_pydocs(text, seed)
+    raise FileNotFoundError(f"no collection {text!r}: neither a BEIR folder nor one of {', '.join(PYDOCS)}")

@@ -1,0 +1,268 @@
+"""Retrieval collections: passages, queries and relevance judgements, memory-mapped and fingerprinted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from bm25s.stopwords import STOPWORDS_EN
+
+_WORD = re.compile(r"\w+")
+#: Columns of passages and of queries.
+FEATURES = datasets.Features({"id": datasets.Value("string"), "text": datasets.Value("string")})
+
+
+def words(text: str) -> list[str]:
+    """Lower-cased words (runs of letters, digits and underscores) of a text."""
+    return _WORD.findall(text.lower())
+
+
+def contains_run(text: list[str], run: list[str]) -> bool:
+    """Whether the words of ``run`` stand in ``text`` one after the other."""
+    return bool(run) and f" {' '.join(run)} " in f" {' '.join(text)} "
+
+
+def seeded_order(ids: Iterable[str], seed: int | str) -> list[str]:
+    """Ids in the order of the SHA-256 of seed and id: the same everywhere, and a smaller sample is part of a larger."""
+    return sorted(ids, key=lambda i: (hashlib.sha256(f"{seed}\0{i}".encode()).digest(), i))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars and messages of ``datasets`` inside a block."""
+    shown, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+class Column(datasets.Column):
+    """A column of a Dataset as a sequence, read from its file a value, a slice or (iterating) 1,000 rows at a time."""
+
+    def __iter__(self) -> Iterator[str]:
+        for batch in self.source.select_columns(self.column_name).iter(1000):
+            yield from batch[self.column_name]
+
+    def __getitem__(self, key: int | slice) -> Any:
+        return self.source[key][self.column_name]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Collection:
+    """A retrieval collection; :meth:`from_texts` makes one of lists.
+
+    Parameters
+    ----------
+    name : str
+        For tables, such as ``"pydocs/numpy"``.
+    passage_rows, query_rows : datasets.Dataset
+        With the columns ``id`` (unique) and ``text``.
+    qrels : dict of str to dict of str to int
+        Relevance by query id and passage id.  Every query has at least one passage of relevance above 0.
+    coverage : str
+        ``"whole"``, or what part of the collection this is, in words.
+    description : str
+        Where the collection comes from (package and version, folder and split).
+
+    Raises
+    ------
+    ValueError
+        When queries and judgements do not name the same query ids, or a query has no relevant passage.
+    """
+
+    name: str
+    passage_rows: datasets.Dataset
+    query_rows: datasets.Dataset
+    qrels: dict[str, dict[str, int]]
+    coverage: str = "whole"
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if odd := sorted(set(self.query_ids) ^ self.qrels.keys())[:3]:
+            raise ValueError(f"{self.name}: queries and judgements do not name the same query ids: {', '.join(odd)}")
+        for query_id in self.qrels:
+            if not self.relevant(query_id):
+                raise ValueError(f"{self.name}: query {query_id!r} has no relevant passage")
+
+    @classmethod
+    def from_texts(
+        cls, name: str, passage_ids: Sequence[str], passages: Sequence[str], query_ids: Sequence[str],
+        queries: Sequence[str], qrels: dict[str, dict[str, int]], coverage: str = "whole", description: str = "",
+    ) -> Collection:  # fmt: skip
+        """Make a collection in memory; ValueError for other lengths, ids that occur twice, and unknown ids."""
+        for kind, ids, texts in (("passage", passage_ids, passages), ("query", query_ids, queries)):
+            if len(ids) != len(texts):
+                raise ValueError(f"{name}: {len(ids)} {kind} ids but {len(texts)} {kind} texts")
+            if twice := sorted(i for i, count in Counter(ids).items() if count > 1)[:3]:
+                raise ValueError(f"{name}: {kind} ids that occur twice: {', '.join(twice)}")
+        known = set(passage_ids)
+        for query_id, judged in qrels.items():
+            if unknown := sorted(judged.keys() - known)[:3]:
+                named = ", ".join(unknown)
+                raise ValueError(f"{name}: the judgements of query {query_id!r} name unknown passages: {named}")
+        rows = [
+            datasets.Dataset.from_dict({"id": list(ids), "text": list(texts)}, features=FEATURES)
+            for ids, texts in ((passage_ids, passages), (query_ids, queries))
+        ]
+        return cls(name, *rows, qrels, coverage, description)
+
+    def save(self, folder: Path) -> None:
+        """Write the collection into a folder; :meth:`load` reads it memory-mapped."""
+        with quiet():
+            self.passage_rows.save_to_disk(folder / "passages")
+            self.query_rows.save_to_disk(folder / "queries")
+        rest = {key: getattr(self, key) for key in ("name", "qrels", "coverage", "description")}
+        (folder / "collection.json").write_text(json.dumps(rest), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Collection:
+        """Read what :meth:`save` has written."""
+        rest = json.loads((folder / "collection.json").read_text(encoding="utf-8"))
+        passages, queries = (datasets.load_from_disk(folder / part) for part in ("passages", "queries"))
+        return cls(passage_rows=passages, query_rows=queries, **rest)
+
+    passage_ids = property(lambda self: Column(self.passage_rows, "id"), doc="Ids of the passages.")
+    passages = property(lambda self: Column(self.passage_rows, "text"), doc="Texts of the passages.")
+    query_ids = property(lambda self: Column(self.query_rows, "id"), doc="Ids of the queries.")
+    queries = property(lambda self: Column(self.query_rows, "text"), doc="Texts of the queries.")
+
+    def __repr__(self) -> str:
+        sizes = f"{len(self.passages):,} passages, {len(self.queries):,} queries"
+        return f"Collection({self.name!r}, {sizes}, coverage={self.coverage!r})"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over ids, texts and judgements, in order; name and description do not count."""
+        digest = hashlib.sha256()
+
+        def add(*parts: Any) -> None:
+            digest.update(json.dumps(parts, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
+
+        for passage in zip(self.passage_ids, self.passages, strict=True):
+            add("passage", *passage)
+        for query_id, query in zip(self.query_ids, self.queries, strict=True):
+            add("query", query_id, query, sorted(self.qrels[query_id].items()))
+        return digest.hexdigest()
+
+    def relevant(self, query_id: str) -> list[str]:
+        """Ids of the passages of relevance above 0, sorted."""
+        return sorted(p for p, grade in self.qrels[query_id].items() if grade > 0)
+
+    def sample(self, n_queries: int | None, n_passages: int | None, seed: int = 0) -> Collection:
+        """Take a seeded random part: queries, all their relevant passages, and random other passages.
+
+        No retriever has a say in which passages are taken: a pool of one's results would be biased.  Queries and
+        passages keep their order; with one seed a smaller sample's queries are among a larger one's.
+
+        Parameters
+        ----------
+        n_queries, n_passages : int or None
+            How many to take; None, or more than there are, means all.  Queries are taken in seeded order up to the
+            first whose relevant passages no longer fit; ``coverage`` states the numbers reached.
+        seed : int
+
+        Raises
+        ------
+        ValueError
+            When a number is below 1, or not even one query's relevant passages fit.
+        """
+        for label, number in (("n_queries", n_queries), ("n_passages", n_passages)):
+            if number is not None and number < 1:
+                raise ValueError(f"{label} must be at least 1 or None, got {number}")
+        all_queries, all_passages = len(self.query_rows), len(self.passage_rows)
+        want_queries = all_queries if n_queries is None else min(n_queries, all_queries)
+        want_passages = all_passages if n_passages is None else min(n_passages, all_passages)
+        if (want_queries, want_passages) == (all_queries, all_passages):
+            return self
+        queries: set[str] = set()
+        passages: set[str] = set()
+        for query_id in seeded_order(self.query_ids, f"queries {seed}")[:want_queries]:
+            enlarged = passages.union(self.relevant(query_id))
+            if len(enlarged) > want_passages:
+                break
+            queries.add(query_id)
+            passages = enlarged
+        if not queries:
+            fault = f"the relevant passages of the first sampled query do not fit into {want_passages} passages"
+            raise ValueError(f"{self.name}: {fault}; ask for more")
+        for passage_id in seeded_order(self.passage_ids, f"passages {seed}"):
+            if len(passages) >= want_passages:
+                break
+            passages.add(passage_id)
+        coverage = f"sample of {len(passages):,} of {all_passages:,} passages"
+        coverage += f", {len(queries):,} of {all_queries:,} queries"
+        if self.coverage != "whole":
+            coverage += f" ({self.coverage})"
+        return replace(self.restrict(passages, queries), coverage=coverage)
+
+    def restrict(self, passage_ids: Iterable[str], query_ids: Iterable[str]) -> Collection:
+        """Take these passages and queries, in this collection's order; judgements of others go."""
+        passages, queries = set(passage_ids), set(query_ids)
+        return replace(
+            self,
+            passage_rows=self.passage_rows.select([i for i, p in enumerate(self.passage_ids) if p in passages]),
+            query_rows=self.query_rows.select([i for i, q in enumerate(self.query_ids) if q in queries]),
+            qrels={
+                query_id: {p: grade for p, grade in judged.items() if p in passages}
+                for query_id, judged in self.qrels.items()
+                if query_id in queries
+            },
+        )
+
+    def statistics(self) -> dict[str, Any]:
+        """Sizes, relevant passages per query, mean lengths in words, coverage and fingerprint."""
+
+        def mean(values: Iterable[int]) -> float:
+            return float(np.mean(list(values) or [0]))
+
+        return {
+            "collection": self.name,
+            "passages": len(self.passages),
+            "queries": len(self.queries),
+            "relevant_per_query": mean(len(self.relevant(q)) for q in self.query_ids),
+            "passage_words": mean(len(p.split()) for p in self.passages),
+            "query_words": mean(len(q.split()) for q in self.queries),
+            "coverage": self.coverage,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def lexical_overlap(collection: Collection) -> dict[str, float]:
+    """Measure how much of the queries' wording stands in their relevant passages.
+
+    Returns
+    -------
+    dict
+        ``content_words``: the share of a query's content words (English stop words left out) found in a
+        relevant passage, averaged over its relevant passages and then over queries.  ``whole_query``: the
+        share of queries whose words all stand in a relevant passage one after the other.
+    """
+    stop = set(STOPWORDS_EN)
+    needed = {p for q in collection.query_ids for p in collection.relevant(q)}
+    passages = zip(collection.passage_ids, collection.passages, strict=True)
+    passage_words = {p: words(text) for p, text in passages if p in needed}
+    shares, whole = [], []
+    for query_id, query in zip(collection.query_ids, collection.queries, strict=True):
+        run = words(query)
+        content = set(run) - stop or set(run)
+        relevant = [passage_words[p] for p in collection.relevant(query_id)]
+        if content:
+            shares.append(np.mean([len(content.intersection(passage)) / len(content) for passage in relevant]))
+        whole.append(any(contains_run(passage, run) for passage in relevant))
+    return {"content_words": float(np.mean(shares or [0])), "whole_query": float(np.mean(whole or [0]))}

@@ -1,0 +1,334 @@
+"""An adaptive allocator: chooses Kq for a query without looking at relevance (beyond the paper).
+
+Passages are indexed once, so that Kp stays.  Every query is read and searched at the default Kq; what that pass and
+that ranking say (:data:`FEATURES`) decides whether it is read and searched once more at another Kq.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from sklearn.linear_model import RidgeCV
+from sklearn.metrics import r2_score
+from sklearn.model_selection import KFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from diffret_lib.cache import remember
+from diffret_lib.data.collection import Collection
+from diffret_lib.experiments.comparison import PAIR, per_query_best
+from diffret_lib.experiments.efficiency import quartiles, seconds
+from diffret_lib.experiments.study import Study, ranking
+from diffret_lib.models.readers import MaskedPositions
+from diffret_lib.retrieval.metrics import METRIC, Run, holm, macro_randomization_p
+from diffret_lib.retrieval.search import SELECTION_MODE
+from diffret_lib.retrieval.systems import DiffRetriever
+
+#: Features of a query, with what each needs besides the text.
+FEATURES = {
+    "tokens": "tokens of the query: no pass",
+    "entropy_first": "entropy of the prediction at the first mask (nats): the pass at the default Kq",
+    "entropy_mean": "mean entropy over the masks (nats): the same pass",
+    "distinct": "share of distinct tokens among the greedy predictions: the same pass",
+    "cosine": "mean cosine between the query's vectors: the same pass",
+    "gap_second": "first score less the second, in standard deviations of the ranking's scores: the default ranking",
+    "gap_tenth": "first score less the mean of the first ten, in the same unit: the default ranking",
+}
+_KEYS = ["collection", "query_id"]
+
+
+def mask_features(retriever: DiffRetriever, texts: Sequence[str], batch: int = 16) -> pd.DataFrame:
+    """First five of :data:`FEATURES`, from one pass over the masked queries, ``batch`` texts at a time.
+
+    As in the representations, positions from a special token on do not count.  A query with one vector has
+    ``cosine`` 1.
+    """
+    reader, rows = retriever.reader, []
+    for start in range(0, len(texts), batch):
+        part = list(texts[start : start + batch])
+        lengths = [len(ids) for ids in reader.text_ids(part, "query")[0]]
+        rows.append(summaries(reader, *masked_pass(retriever, part)).assign(tokens=lengths))
+    columns = list(FEATURES)[:5]
+    return pd.concat(rows, ignore_index=True)[columns] if rows else pd.DataFrame(columns=columns, dtype=float)
+
+
+@torch.inference_mode()
+def masked_pass(retriever: DiffRetriever, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [n, Kq, H] and logits [n, Kq, V] at the positions that are read for queries."""
+    hidden = retriever.reader.masked(retriever.features(list(texts), "query"))
+    return hidden, retriever.reader.logits(hidden)
+
+
+@torch.inference_mode()
+def summaries(reader: MaskedPositions, hidden: torch.Tensor, logits: torch.Tensor) -> pd.DataFrame:
+    """Entropies, distinct tokens and cosine of :func:`masked_pass`, a row a query."""
+    greedy = logits.argmax(-1)
+    valid = reader.before_special(greedy)
+    entropy = torch.special.entr(logits.float().softmax(-1)).sum(-1)
+    vectors = torch.nn.functional.normalize(hidden.float(), dim=-1) * valid[..., None]
+    count = valid.sum(1)
+    pairs = (count * (count - 1)).clamp(min=1)
+    cosine = ((vectors @ vectors.mT).sum((1, 2)) - count) / pairs
+    distinct = [len(set(ids[ok].tolist())) / int(ok.sum()) for ids, ok in zip(greedy, valid, strict=True)]
+    columns = {"entropy_first": entropy[:, 0], "entropy_mean": (entropy * valid).sum(1) / count}
+    columns["cosine"] = torch.where(count > 1, cosine, 1.0)
+    return pd.DataFrame({name: v.double().cpu().numpy() for name, v in columns.items()}).assign(distinct=distinct)
+
+
+def gap_features(run: Run, query_ids: Sequence[str]) -> pd.DataFrame:
+    """Score gaps at the head of each query's ranking; columns gap_second, gap_tenth.
+
+    0 where fewer than two passages are retrieved or all scores are equal.
+    """
+    rows = []
+    for query in query_ids:
+        scores = np.sort(np.array(list(run[query].values()), float))[::-1]
+        spread = scores.std() if len(scores) > 1 else 0.0
+        gaps = (scores[0] - scores[1], scores[0] - scores[:10].mean()) if spread > 1e-9 else (0.0, 0.0)
+        rows.append(np.array(gaps) / max(spread, 1e-9))
+    return pd.DataFrame(rows, columns=["gap_second", "gap_tenth"], dtype=float)
+
+
+def query_features(study: Study, collection: Collection, pair: tuple[int, int]) -> pd.DataFrame:
+    """Features of a collection's judged queries, from the pass and the hybrid ranking of the pair (Kq, Kp).
+
+    Index (collection, query_id), sorted by query; columns :data:`FEATURES`.
+    """
+    retriever, ids = study.diffretriever(*pair), sorted(collection.qrels)
+    texts = dict(zip(collection.query_ids, collection.queries, strict=True))
+
+    def computed() -> dict[str, list[float]]:
+        masks = mask_features(retriever, [texts[q] for q in ids])
+        gaps = gap_features(study.runs(retriever, collection, [SELECTION_MODE])[SELECTION_MODE], ids)
+        return pd.concat([masks, gaps], axis=1).to_dict("list")
+
+    key = study.address([retriever], collection, code=(mask_features, gap_features, ranking))
+    frame = pd.DataFrame(remember("features", key, computed))
+    frame.index = pd.MultiIndex.from_product([[collection.name], ids], names=_KEYS)
+    return frame[list(FEATURES)].astype(float)
+
+
+def count_values(grid: pd.DataFrame, k_passage: int) -> pd.DataFrame:
+    """Hybrid nDCG@10 of every query under each Kq at one Kp; index (collection, query_id), columns Kq."""
+    cells = grid[(grid["mode"] == SELECTION_MODE) & (grid["metric"] == METRIC) & (grid["k_passage"] == k_passage)]
+    return cells.pivot(index=_KEYS, columns="k_query", values="value")
+
+
+def feature_correlations(features: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
+    """Spearman correlations of the features with a query's need of vectors, ranked within each collection.
+
+    The targets are ``best Kq`` (queries on which all pairs tie left out) and ``large over small Kq`` (nDCG@10 at the
+    largest Kq less that at the smallest, mean over Kp).  Columns feature, target, rho, p, p_corrected (Holm, over the
+    whole table), queries; rho and p are nan where a feature does not vary.
+    """
+    best = per_query_best(grid)
+    best = best[best["ties"] < grid.groupby(PAIR).ngroups].set_index(_KEYS)["k_query"]
+    cells = grid[(grid["mode"] == SELECTION_MODE) & (grid["metric"] == METRIC)]
+    by_count = cells.groupby([*_KEYS, "k_query"])["value"].mean().unstack("k_query")
+    smallest, largest = by_count.columns.min(), by_count.columns.max()
+    targets = {"best Kq": best, "large over small Kq": by_count[largest] - by_count[smallest]}
+    rows = []
+    for target, values in targets.items():
+        both = features.join(values.rename("target"), how="inner")
+        ranks = both.groupby(level="collection").rank(pct=True)
+        for feature in features.columns:
+            x, y = ranks[feature], ranks["target"]
+            varies = len(both) > 2 and x.nunique() > 1 and y.nunique() > 1
+            rho, p = stats.spearmanr(x, y) if varies else (np.nan, np.nan)
+            rows.append({"feature": feature, "target": target, "rho": rho, "p": p, "queries": len(both)})
+    table = pd.DataFrame(rows)
+    table["p_corrected"] = holm(table["p"].to_numpy())
+    return table[["feature", "target", "rho", "p", "p_corrected", "queries"]]
+
+
+@dataclass
+class KAllocator:
+    """Chooses Kq by the predicted gain over a default Kq.
+
+    One ridge regression per other Kq predicts its gain in nDCG@10 over the default; the largest predicted gain is
+    taken if it exceeds a margin.  Penalties and the margin are chosen by cross-validation on the queries that it is
+    fitted to; of margins that do equally well the largest is taken, and an infinite one never leaves the default.
+
+    Margins are in nDCG@10, ``alphas`` are penalties on standardised features, and ``seed`` splits the folds.  Fitted,
+    it has ``counts_`` (the other Kq), ``model_`` (of all queries), ``margin_``, ``out_of_fold_`` (held-out predicted
+    gains, float [n, len(counts_)]), ``r2_`` (by Kq; below 0 is worse than the mean) and ``margin_gains_`` (by margin:
+    held-out mean gain).
+    """
+
+    default: int = 4
+    margins: Sequence[float] = (0.0, 0.01, 0.02, 0.05, 0.1, np.inf)
+    alphas: Sequence[float] = (1.0, 10.0, 100.0, 1000.0, 10000.0)
+    folds: int = 10
+    seed: int = 0
+
+    def fit(self, features: pd.DataFrame, values: pd.DataFrame) -> KAllocator:
+        """Learn from queries of which nDCG@10 under every Kq is known (the columns of ``values``).
+
+        Raises
+        ------
+        ValueError
+            When rows do not fit, the default has no column, or there are fewer than four queries.
+        """
+        if not features.index.equals(values.index):
+            raise ValueError("features and values are not of the same queries")
+        if self.default not in values.columns:
+            raise ValueError(f"the default Kq={self.default} has no column; there are {list(values.columns)}")
+        if len(features) < 4:
+            raise ValueError(f"{len(features)} queries are too few to learn from; at least 4 are needed")
+        self.counts_ = [int(k) for k in values.columns if k != self.default]
+        self.feature_names_in_ = np.array(features.columns, dtype=object)
+        x = features.to_numpy(float)
+        gains = values[self.counts_].to_numpy(float) - values[[self.default]].to_numpy(float)
+        model = make_pipeline(StandardScaler(), RidgeCV(list(self.alphas), alpha_per_target=gains.shape[1] > 1))
+        folds = KFold(min(self.folds, len(x)), shuffle=True, random_state=self.seed)
+        self.out_of_fold_ = cross_val_predict(model, x, gains, cv=folds).reshape(gains.shape)
+        self.r2_ = dict(zip(self.counts_, r2_score(gains, self.out_of_fold_, multioutput="raw_values"), strict=True))
+        known = np.column_stack([np.zeros(len(x)), gains])
+        self.margin_gains_ = {
+            m: float(known[np.arange(len(x)), self._places(self.out_of_fold_, m)].mean()) for m in self.margins
+        }
+        self.margin_ = max(self.margins, key=lambda m: (round(self.margin_gains_[m], 9), m))
+        self.model_ = model.fit(x, gains)
+        return self
+
+    def predict(self, features: pd.DataFrame) -> np.ndarray:
+        """Choose Kq for each query; int64 [n]."""
+        gains = self.model_.predict(features[list(self.feature_names_in_)].to_numpy(float)).reshape(len(features), -1)
+        return np.array([self.default, *self.counts_])[self._places(gains, self.margin_)]
+
+    @staticmethod
+    def _places(gains: np.ndarray, margin: float) -> np.ndarray:
+        """0 for the default, i + 1 for the i-th other Kq."""
+        return np.where(gains.max(1) > margin, 1 + gains.argmax(1), 0)
+
+
+def allocator_model_table(allocator: KAllocator, values: pd.DataFrame) -> pd.DataFrame:
+    """Describe a fitted allocator, a row for each Kq other than the default; ``values`` are what it was fitted to.
+
+    Columns k_query, mean_gain (over the default), ties (share of the queries on which it equals the default), r2 (held
+    out), alpha, margin, margin_gain (held out), and each feature's coefficient (nDCG@10 for one standard deviation).
+    """
+    ridge = allocator.model_[-1]
+    gains = [values[k] - values[allocator.default] for k in allocator.counts_]
+    table = pd.DataFrame(
+        {
+            "k_query": allocator.counts_,
+            "mean_gain": [gain.mean() for gain in gains],
+            "ties": [np.isclose(gain, 0).mean() for gain in gains],
+            "r2": list(allocator.r2_.values()),
+            "alpha": np.broadcast_to(ridge.alpha_, len(allocator.counts_)),
+            "margin": allocator.margin_,
+            "margin_gain": allocator.margin_gains_[allocator.margin_],
+        }
+    )
+    return table.join(pd.DataFrame(np.atleast_2d(ridge.coef_), columns=allocator.feature_names_in_))
+
+
+def allocator_table(
+    values: pd.DataFrame, chosen: pd.Series, default: int, *, resamples: int, seed: int,
+    chance: Mapping[str, float] | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """Compare the allocator with the default Kq and the oracle over Kq.
+
+    ``values`` is from :func:`count_values`, ``chosen`` the Kq of every query (ValueError when one has none), and
+    ``chance`` the chance level of the oracle's headroom over Kq by collection.
+
+    Returns
+    -------
+    DataFrame
+        A row for each collection and a last one, ``macro``, their mean.  Columns collection, queries, selected,
+        adaptive, oracle_kq, headroom (oracle_kq less selected), chance, gain (adaptive less selected), closed (gain
+        / headroom; nan without any), closed_low, closed_high (95 % bootstrap interval over queries), p (sign flips,
+        that the macro gain is 0), mean_kq, changed (share that leaves the default); interval and p are macro alone.
+    """
+    chosen = chosen.reindex(values.index)
+    if chosen.isna().any():
+        raise ValueError(f"no Kq was chosen for {int(chosen.isna().sum())} of {len(values)} queries")
+    places = values.columns.get_indexer(chosen.astype(int))
+    taken = values.to_numpy()[np.arange(len(values)), places]
+    frame = pd.DataFrame({"selected": values[default], "adaptive": taken, "oracle_kq": values.max(axis=1)})
+    frame["headroom"], frame["gain"] = frame["oracle_kq"] - frame["selected"], frame["adaptive"] - frame["selected"]
+    frame["mean_kq"], frame["changed"] = chosen.astype(float), (chosen != default).astype(float)
+    groups = frame.groupby(level="collection", sort=False)
+    table = groups.mean()
+    table.insert(0, "queries", groups.size())
+    table["chance"] = pd.Series(dict(chance or {}), dtype=float).reindex(table.index)
+    table = pd.concat([table, table.mean().to_frame("macro").T.assign(queries=len(frame))]).astype({"queries": int})
+    # of a collection or a mean without headroom there is nothing to close
+    table["closed"] = (table["gain"] / table["headroom"].where(table["headroom"] > 1e-12)).astype(float)
+    parts = {c: (g["gain"].to_numpy(), g["headroom"].to_numpy()) for c, g in groups}
+    bounds = _closed_interval(list(parts.values()), resamples, seed)
+    p = macro_randomization_p({c: gain for c, (gain, _) in parts.items()}, resamples, seed)
+    for name, value in zip(("closed_low", "closed_high", "p"), (*bounds, p), strict=True):
+        table[name] = np.where(table.index == "macro", value, np.nan)
+    order = ["queries", "selected", "adaptive", "oracle_kq", "headroom", "chance", "gain", "closed", "closed_low",
+             "closed_high", "p", "mean_kq", "changed"]  # fmt: skip
+    return table[order].rename_axis("collection").reset_index()
+
+
+def _closed_interval(parts: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int, seed: int) -> tuple[float, float]:
+    """Percentile bootstrap interval of macro gain / macro headroom; queries are drawn within each collection."""
+    if min(len(gain) for gain, _ in parts) < 2 or not any(headroom.any() for _, headroom in parts):
+        return float("nan"), float("nan")
+
+    def share(*drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        gain, headroom = (
+            sum(part[side][i.astype(int)].mean(axis) for part, i in zip(parts, drawn, strict=True)) for side in (0, 1)
+        )
+        return np.where(headroom > 0, gain / np.where(headroom > 0, headroom, 1), 0.0)
+
+    # places are drawn, so that a query's gain and headroom stay together
+    interval = stats.bootstrap(
+        [np.arange(len(gain)) for gain, _ in parts], share, n_resamples=resamples, batch=200, vectorized=True,
+        method="percentile", rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return float(interval.low), float(interval.high)
+
+
+def allocator_latency(study: Study, texts: Sequence[str], pair: tuple[int, int], chosen: Sequence[int]) -> pd.DataFrame:
+    """Milliseconds that the allocator costs a query, read alone.
+
+    ``pair`` is (Kq, Kp) with the default Kq, and ``chosen`` the Kq that the allocator gives each of the texts.  Columns
+    step, queries, median_ms, q25_ms, q75_ms, mean_ms; the steps: one pass (what a fixed Kq costs), the features'
+    arithmetic, and the whole (with a second pass where Kq changes).  Searching is not in it.
+    """
+    default, k_passage = pair
+    retrievers = {k: study.diffretriever(k, k_passage) for k in {default, *map(int, chosen)}}
+    reader, device = retrievers[default].reader, study.backbone("diffusion").device
+    for retriever in retrievers.values():
+        masked_pass(retriever, texts[:1])  # warm-up
+    times = []
+    for text, k in zip(texts, map(int, chosen), strict=True):
+        found = masked_pass(retrievers[default], [text])
+        first = seconds(lambda text=text: masked_pass(retrievers[default], [text]), device)
+        features = seconds(lambda found=found: summaries(reader, *found), device)
+        second = seconds(lambda text=text, k=k: masked_pass(retrievers[k], [text]), device) if k != default else 0.0
+        times.append((first, features, first + features + second))
+    steps = dict(zip(("one pass at the default Kq", "features", "allocator"), 1000 * np.array(times).T, strict=True))
+    rows = [(step, len(texts), *quartiles(ms), ms.mean()) for step, ms in steps.items()]
+    table = pd.DataFrame(rows, columns="step queries q25_ms median_ms q75_ms mean_ms".split())
+    return table[["step", "queries", "median_ms", "q25_ms", "q75_ms", "mean_ms"]]
+
+
+def allocator_summary(table: pd.DataFrame, learned: pd.DataFrame, latency: pd.DataFrame) -> str:
+    """Say in words (Markdown) what the allocator's tables hold: outcome, what it learned, and its cost."""
+    macro, cost, r2 = table.iloc[-1], latency.set_index("step")["mean_ms"], learned["r2"].max()
+    verdict = ("a gain" if macro["gain"] > 0 else "a loss") if macro["p"] < 0.05 else "no clear difference"
+    if not macro["changed"]:
+        verdict = "it never leaves the default, as cross-validation found no margin that pays"
+    exceeds = "exceeds" if macro["chance"] > macro["headroom"] else "is part of"
+    return f"""\
+- The allocator changes {macro["changed"]:.0%} of the queries (mean Kq {macro["mean_kq"]:.1f}) and moves macro nDCG@10
+  by **{macro["gain"]:+.4f}** (p = {macro["p"]:.3g}): {verdict}.
+- It closes **{macro["closed"]:.1%}** [{macro["closed_low"]:.1%}, {macro["closed_high"]:.1%}] of the headroom. Chance
+  ({macro["chance"]:.3f}) {exceeds} the headroom ({macro["headroom"]:.3f}).
+- Best held-out R² is {r2:.2f}, {"worse" if r2 < 0 else "no worse"} than the mean. On {learned["ties"].mean():.0%} of
+  the training queries another Kq gives the default's nDCG@10. The margin is {learned["margin"].iloc[0]:g}, with a
+  held-out gain of {learned["margin_gain"].iloc[0]:+.4f}.
+- Reading a query costs {cost["allocator"]:.1f} ms on average and {cost["one pass at the default Kq"]:.1f} ms at a
+  fixed Kq; the features take {cost["features"]:.2f} ms."""

@@ -1,0 +1,325 @@
+"""The registry of backbones, and the one path on which all of them load.
+
+``backbones.yaml`` declares a backbone: its family, where its weights come from, its mask token and where it predicts
+a masked token.  The diffusion model is its parent, made bidirectional, with an adapter merged in.  An adapter names
+the weights that it was trained on, and is merged into no others.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import yaml
+from peft import PeftModel, get_peft_model_state_dict
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from diffret_lib.addresses import address, fingerprint
+from diffret_lib.cache import file_sha256
+from diffret_lib.models.gguf import BackboneError, converted_model
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FOLDER = Path(__file__).resolve().parent
+_FORMS = ({"wheel", "member", "sha256"}, {"parent", "adapter"}, {"hub"}, {"hub", "revision"}, {"path"})
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Source(BaseModel, frozen=True, extra="forbid"):
+    """Place of the weights, in one of the four forms that ``backbones.yaml`` explains."""
+
+    wheel: str | None = None
+    member: str | None = None
+    sha256: Annotated[str | None, Field(pattern="^[0-9a-f]{64}$")] = None
+    parent: str | None = None
+    adapter: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    path: Path | None = None
+
+    @model_validator(mode="after")
+    def _has_one_form(self) -> Source:
+        if {name for name, value in self if value is not None} not in _FORMS:
+            raise ValueError("a source is {wheel, member, sha256}, {parent, adapter}, {hub, revision} or {path}")
+        return self
+
+
+class Backbone(BaseModel, frozen=True, extra="forbid"):
+    """Description of a language model and of where it comes from; the fields are those of ``backbones.yaml``."""
+
+    name: Name = "own"
+    family: Literal["autoregressive", "diffusion"]
+    source: Source
+    mask_token: str | None = None
+    prediction_shift: bool = False
+    max_length: Annotated[int, Field(ge=1)] = 2048
+    chat_template: str | None = None
+    license: str = ""
+    notes: str = ""
+
+    @model_validator(mode="after")
+    def _family_fits(self) -> Backbone:
+        if self.family == "diffusion" and not self.mask_token:
+            raise ValueError("a diffusion backbone needs a mask_token")
+        if self.family == "autoregressive" and (self.mask_token or self.prediction_shift):
+            raise ValueError("an autoregressive backbone has neither mask_token nor prediction_shift")
+        return self
+
+
+@dataclass(frozen=True)
+class LoadedBackbone:
+    """A backbone in memory, in evaluation mode and frozen.
+
+    Attributes
+    ----------
+    spec : Backbone
+    model : PreTrainedModel
+        The causal LM; ``config.is_causal`` is false for a diffusion backbone: every position attends to every other.
+    tokenizer : PreTrainedTokenizerBase
+    mask_id : int or None
+    weights, fingerprint : str
+        SHA-256 over the source of the weights and the merged adapters, whatever the dtype; and over these, the
+        registry entry, the dtype and the code that loads them.
+    """
+
+    spec: Backbone
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    mask_id: int | None
+    weights: str
+    fingerprint: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.model.device
+
+
+def read_registry(path: str | os.PathLike[str] = _FOLDER / "backbones.yaml") -> dict[str, Backbone]:
+    """Read backbones by name, from the package's ``backbones.yaml`` or another file of its form.
+
+    A ``ValueError`` names the file, the backbone and the field that is wrong.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        entries = TypeAdapter(dict[Name, Backbone]).validate_python(content)
+    except (yaml.YAMLError, ValidationError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    for name, entry in entries.items():
+        parent = entry.source.parent
+        if parent is not None and (parent not in entries or entries[parent].source.parent is not None):
+            raise ValueError(f"{path}: {name}: there is no parent {parent!r} that is not adapted itself")
+    return {name: entry.model_copy(update={"name": name}) for name, entry in entries.items()}
+
+
+_registry = cache(read_registry)
+
+
+def get_backbone(name: str) -> Backbone:
+    """Look up a backbone of the registry; a ``ValueError`` for an unknown name lists the known ones."""
+    if name not in _registry():
+        raise ValueError(f"there is no backbone {name!r}; there are {', '.join(_registry())}")
+    return _registry()[name]
+
+
+def load_backbone(
+    backbone: str | Backbone, *, dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str | torch.device | None = None, adapter: str | os.PathLike[str] | None = None,
+) -> LoadedBackbone:  # fmt: skip
+    """Load a backbone; the embedded ones are fetched and converted at their first use.
+
+    Parameters
+    ----------
+    backbone : str or Backbone
+        A name of the registry, or a ``Backbone(family="autoregressive", source={"path": "folder"})`` of one's own.
+    dtype, device
+        Of the weights and of the computation; by default on CUDA if there is one.  Adapters are merged in float32.
+    adapter : path, optional
+        A PEFT adapter folder in place of the backbone's own; ``"none"`` for the bare weights.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name or dtype, or a mask token that the vocabulary does not have.
+    BackboneError
+        When the weights cannot be fetched, verified or found, or the adapter does not belong to them.
+    """
+    spec = get_backbone(backbone) if isinstance(backbone, str) else backbone
+    if not isinstance(spec, Backbone):
+        raise TypeError(f"backbone must be a name of the registry or a Backbone, not {backbone!r:.80}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
+    base = spec if spec.source.parent is None else get_backbone(spec.source.parent)
+    if adapter is None and spec.source.adapter is not None:
+        adapter = _FOLDER / spec.source.adapter
+    folder = None if adapter is None or str(adapter) == "none" else Path(adapter).expanduser()
+
+    with _quiet():
+        model, tokenizer, weights = _load_base(base, torch.float32 if folder else _DTYPES[dtype])
+        if spec.family == "diffusion":
+            make_bidirectional(model)
+        if folder is not None:
+            model = _merge_adapter(model, folder, base.name, weights)
+            weights = fingerprint(weights, adapter_sha(folder))
+        model = model.to(device=device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype=_DTYPES[dtype])
+    tokenizer.chat_template = spec.chat_template or tokenizer.chat_template
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    mask_id = tokenizer.get_vocab().get(spec.mask_token)
+    if spec.mask_token is not None and (mask_id is None or mask_id >= model.config.vocab_size):
+        raise ValueError(f"{spec.name}: the vocabulary has no mask token {spec.mask_token!r}")
+    settings = spec.model_dump(include={"family", "mask_token", "prediction_shift", "chat_template"})
+    return LoadedBackbone(
+        spec, model.eval().requires_grad_(False), tokenizer, mask_id, weights,
+        fingerprint=address([load_backbone], settings, weights, dtype),
+    )  # fmt: skip
+
+
+def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
+    """Let every position attend to every other, with and without a padding mask.
+
+    ``config.is_causal`` decides which mask transformers makes; the layers' own flag, what an attention function does
+    without a mask.
+    """
+    model.config.is_causal = False
+    for module in (m for m in model.modules() if hasattr(m, "is_causal")):
+        module.is_causal = False
+    return model
+
+
+def _load_base(spec: Backbone, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Model, tokenizer and fingerprint of the weights."""
+    source = spec.source
+    if source.wheel is not None:
+        where, weights = converted_model(source.wheel, source.member, source.sha256), fingerprint(source.sha256)
+    elif source.hub is not None:
+        where = source.hub
+    else:
+        where = source.path.expanduser()
+        if not (where / "config.json").is_file():
+            raise BackboneError(f"{spec.name}: {where} is not a model folder: it has no config.json")
+        files = (p for pattern in ("config.json", "*.safetensors", "tokenizer*.json") for p in where.glob(pattern))
+        weights = fingerprint({p.name: file_sha256(p) for p in files})
+    options = {"revision": source.revision} if source.revision else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        hint = "a model of the hub can be downloaded elsewhere, and its folder named as the source's path"
+        raise BackboneError(f"{spec.name}: cannot load {where}: {error}\n({hint})") from error
+    if source.hub is not None:
+        commit = getattr(model.config, "_commit_hash", None) or source.revision or "main"
+        weights = fingerprint(f"{source.hub}@{commit}")
+    return model, tokenizer, weights
+
+
+def adapter_path(name: str) -> Path:
+    """Folder of the adapter that the package holds for a backbone of the registry."""
+    adapter = get_backbone(name).source.adapter
+    if adapter is None:
+        raise ValueError(f"{name} has no adapter")
+    return _FOLDER / adapter
+
+
+def with_adapter(backbone: LoadedBackbone, folder: str | os.PathLike[str]) -> LoadedBackbone:
+    """Copy a loaded backbone with a further PEFT adapter merged in; raises as :func:`load_backbone` does."""
+    folder = Path(folder).expanduser()
+    with _quiet():
+        model = _merge_adapter(copy.deepcopy(backbone.model).float(), folder, backbone.spec.name, backbone.weights)
+    sha = adapter_sha(folder)
+    return replace(
+        backbone,
+        model=model.to(backbone.dtype).eval().requires_grad_(False),
+        weights=fingerprint(backbone.weights, sha),
+        fingerprint=address([with_adapter], backbone.fingerprint, sha),
+    )
+
+
+def adapter_sha(folder: Path | None) -> str | None:
+    """SHA-256 over an adapter's tensors and the settings with which they are merged; None for no adapter."""
+    if folder is None:
+        return None
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    names = ("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "use_dora", "trainable_token_indices")
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    content = {n: [str(t.dtype), t.shape, t.view(torch.uint8).numpy().tobytes()] for n, t in tensors.items()}
+    return fingerprint(content, {name: config.get(name) for name in names})
+
+
+def _merge_adapter(model: PreTrainedModel, folder: Path, name: str, weights: str) -> PreTrainedModel:
+    """Merge LoRA weights and trained token embeddings into the backbone's model; tied weights stay tied.
+
+    The metadata of the adapter's safetensors file say where it belongs: ``base`` (:attr:`LoadedBackbone.weights`),
+    ``base_name``, and ``attention`` ("bidirectional") where the same weights are read causally as well.
+    """
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / file).is_file():
+            raise BackboneError(
+                f"{name}: the adapter {folder} has no {file}: name a folder that PeftModel.save_pretrained wrote, or "
+                '"none" for the bare weights. Notebook 00_diffusion_backbone trains the package\'s own adapter'
+            )
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    attention = "causal" if getattr(model.config, "is_causal", True) else "bidirectional"
+    try:
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("base", weights) != weights or metadata.get("attention", attention) != attention:
+            raise ValueError(
+                f"it was trained on {metadata.get('base_name')} (weights {metadata['base'][:12]}, attention "
+                f"{metadata.get('attention', 'as the base')}), and this is {name} (weights {weights[:12]}, {attention})"
+            )
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        # "auto" would look for the base model's configuration on the hub
+        wrong = tensors.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        wrong |= {key for key, tensor in tensors.items() if not tensor.isfinite().all()}
+        if wrong:
+            raise ValueError(f"{len(wrong)} tensors are missing, unexpected or not finite, such as {min(wrong)}")
+    except (ValueError, KeyError, RuntimeError, TypeError, OSError, SafetensorError) as error:
+        raise BackboneError(f"the adapter {folder} does not fit {name}: {error}") from error
+    if "base" not in metadata:
+        logger.warning("the base of the adapter %s is unknown; its tensors fit %s", folder, name)
+    merged = adapted.merge_and_unload()
+    if tied:
+        merged.tie_weights()
+    return merged
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Switch off the progress bars and warnings of transformers while it loads."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

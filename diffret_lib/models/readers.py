@@ -1,0 +1,376 @@
+"""Readers: modules of sentence-transformers, each a way to turn a text into dense vectors and sparse weights.
+
+===========================  =========================================================================
+:class:`MaskedPositions`     DiffRetriever: K masked positions after the prompt, one forward pass
+:class:`NextTokens`          PromptReps: the last prompt token, and tokens decoded one after another
+:class:`MeanOfTokens`        DiffEmbed (diffusion) and mean pooling (autoregressive): no prompt, no mask
+:class:`LastToken`           RepLLaMA: the end-of-sequence token after "query: ..." or "passage: ..."
+===========================  =========================================================================
+
+A reader writes ``token_embeddings`` [batch, K, H] and ``attention_mask`` [batch, K] (1 where a vector counts), so that
+it is a whole ``MultiVectorEncoder``, and ``sentence_embedding`` [batch, V] (the sparse weights), so that it is a whole
+``SparseEncoder``; both come out of the same forward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+from numbers import Integral
+from typing import Any
+
+import torch
+from sentence_transformers.base.modules import InputModule
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from diffret_lib.models.prompts import ContentTokens, RetrievalPrompt, Side, encode_plain
+
+#: Rows of [batch * K, V] logits that are held at once.
+_HEAD_ROWS = 512
+
+
+class Reader(InputModule):
+    """Base of the readers: the language model, the sparse side, saving and loading.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal LM of transformers; a diffusion LM has ``config.is_causal`` false.
+    tokenizer : PreTrainedTokenizerBase
+    max_query_tokens, max_passage_tokens : int
+        Tokens of the text that are read; the rest is cut.  A ``ValueError`` says which number is too small.
+    """
+
+    config_file_name = "reader_config.json"
+    config_keys = ["max_query_tokens", "max_passage_tokens"]
+    #: Whether ``sentence_embedding`` is written.
+    has_sparse = True
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_query_tokens: int = 64,
+        max_passage_tokens: int = 256,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self._set_counts(1, max_query_tokens=max_query_tokens, max_passage_tokens=max_passage_tokens)
+        self.model, self.tokenizer = model, tokenizer
+        self.content_tokens = ContentTokens(tokenizer)
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.register_buffer("special_ids", torch.tensor(sorted(special | set(tokenizer.all_special_ids))), False)
+
+    def _set_counts(self, least: int, **counts: int) -> None:
+        """Set attributes that are whole numbers of at least ``least``."""
+        for name, value in counts.items():
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value!r}")
+            setattr(self, name, int(value))
+
+    @property
+    def bidirectional(self) -> bool:
+        return not getattr(self.model.config, "is_causal", True)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    def max_text_tokens(self, side: Side) -> int:
+        """Number of tokens of a text that are read."""
+        return self.max_query_tokens if side == "query" else self.max_passage_tokens
+
+    def get_embedding_dimension(self) -> int:
+        """Return the hidden size; sentence-transformers asks for it by this name."""
+        return self.hidden_size
+
+    def preprocess(self, inputs: list[str], prompt: str | None = None, task: str | None = None, **kwargs: Any):
+        """Make the features that :meth:`forward` takes: ``input_ids``, ``attention_mask`` (int64 [batch, length]), ...
+
+        ``task`` is the side; "document", the word of sentence-transformers, or none stands for a passage.
+        """
+        if task not in ("query", "passage", "document", None):
+            raise ValueError(f"task must be 'query', 'passage' or 'document', not {task!r}")
+        return self.features([(prompt or "") + text for text in inputs], "query" if task == "query" else "passage")
+
+    def text_ids(self, texts: list[str], side: Side) -> tuple[list[list[int]], Tensor]:
+        """Ids of the cut texts, and the ids of their content words (of what is left after the cut) as int64
+        [batch, C], filled up with -1."""
+        limit = self.max_text_tokens(side)
+        ids, content = encode_plain(self.tokenizer, texts), []
+        for text, row in zip(texts, ids, strict=True):
+            content.append(self.content_tokens(text if len(row) <= limit else self.tokenizer.decode(row[:limit])))
+        width = max(1, max(map(len, content), default=1))
+        return [row[:limit] for row in ids], torch.tensor([row + [-1] * (width - len(row)) for row in content])
+
+    def pad_left(self, rows: list[list[int]]) -> dict[str, Tensor]:
+        """Ids and attention mask (1: a token, 0: padding), both int64 [batch, length]."""
+        width, pad = max(1, max(map(len, rows))), self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows])
+        return {"input_ids": ids, "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])}
+
+    def body(self, input_ids: Tensor, mask: Tensor, past: DynamicCache | None = None) -> Tensor:
+        """Last hidden states after the final norm [batch, length, H]; ``mask`` covers what ``past`` holds as well."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        # the attention kernel asks the layer, not the configuration, when there is no mask
+        kwargs = {"is_causal": False} if self.bidirectional else {}
+        return self.model.get_decoder()(
+            input_ids=input_ids, attention_mask=None if bool(mask.all()) else mask, position_ids=positions,
+            past_key_values=past, use_cache=past is not None, **kwargs,
+        ).last_hidden_state  # fmt: skip
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits of chosen positions; the mask token is never predicted."""
+        return self.model.get_output_embeddings()(hidden)
+
+    def read(self, hidden: Tensor, valid: Tensor | None = None, content_ids: Tensor | None = None) -> dict[str, Tensor]:
+        """Normalise the vectors and make the sparse weights.
+
+        Parameters
+        ----------
+        hidden : Tensor [batch, K, H]
+        valid : bool Tensor [batch, K], optional
+        content_ids : int64 Tensor [batch, C], -1 where a text has fewer content tokens; None: no sparse side
+
+        Returns
+        -------
+        dict
+            ``token_embeddings`` float [batch, K, H], zero where not valid; ``attention_mask`` int [batch, K];
+            with a sparse side ``sentence_embedding`` float [batch, V] and ``predicted_ids`` int [batch, K].
+        """
+        out: dict[str, Tensor] = {}
+        if valid is None:
+            valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if content_ids is not None:
+            greedy, sparse = [], []
+            step = max(1, _HEAD_ROWS // hidden.shape[1])
+            for start in range(0, len(hidden), step):
+                part = slice(start, start + step)
+                logits = self.logits(hidden[part])
+                greedy.append(logits.argmax(-1))
+                ok = valid[part] & self.before_special(greedy[-1])
+                sparse.append(self.sparse_weights(logits, ok, content_ids[part]))
+            out["predicted_ids"] = torch.cat(greedy)
+            out["sentence_embedding"] = torch.cat(sparse)
+            valid = valid & self.before_special(out["predicted_ids"])
+        out["token_embeddings"] = F.normalize(hidden.float(), dim=-1) * valid[..., None]
+        out["attention_mask"] = valid.long()
+        return out
+
+    def before_special(self, predicted_ids: Tensor) -> Tensor:
+        """Mark the positions that count: those before a special token; one at the first position has no effect."""
+        special = torch.isin(predicted_ids, self.special_ids)
+        special[:, 0] = False
+        return special.long().cumsum(1) == 0
+
+    def sparse_weights(self, logits: Tensor, valid: Tensor, content_ids: Tensor) -> Tensor:
+        """log(1 + ReLU(logit)) at the content tokens, the largest over the positions; float [batch, V]."""
+        index = content_ids.clamp(min=0)[:, None].expand(-1, logits.shape[1], -1)
+        chosen = logits.gather(2, index).float() * (content_ids >= 0)[:, None] * valid[..., None]
+        weights = torch.log1p(F.relu(chosen)).amax(1)
+        out = torch.zeros(len(logits), logits.shape[2], device=logits.device)
+        return out.scatter_reduce(1, content_ids.clamp(min=0), weights, "amax")
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Weights (safetensors), tokenizer and the reader's settings into one folder."""
+        self.model.save_pretrained(output_path)
+        self.save_tokenizer(output_path)
+        self.save_config(output_path)
+
+    @classmethod
+    def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> Reader:
+        """Load what :meth:`save` wrote, from a folder or from the hub."""
+        hub = {k: kwargs[k] for k in ("token", "cache_folder", "revision", "local_files_only") if k in kwargs}
+        config = cls.load_config(model_name_or_path, subfolder=subfolder, **hub)
+        if not config:
+            raise FileNotFoundError(f"{model_name_or_path} has no {cls.config_file_name}: it does not hold a reader")
+        hub["cache_dir"] = hub.pop("cache_folder", None)
+        model = AutoModelForCausalLM.from_pretrained(model_name_or_path, subfolder=subfolder, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, subfolder=subfolder, **hub)
+        return cls(model.eval(), tokenizer, **config)
+
+
+class MaskedPositions(Reader):
+    """DiffRetriever's reader: the prompt, K mask tokens, the tail; one forward pass (arXiv 2605.07210, section 3).
+
+    Parameters
+    ----------
+    mask_id : int
+    k_query, k_passage : int
+        Number of masks for a query and for a passage (Kq, Kp).  K = 1 asks for one word, K > 1 for a few.
+    prediction_shift : bool
+        ``True`` reads token i at position i - 1, as models adapted from an autoregressive LM predict it (Dream);
+        ``False`` at position i.  The vectors are the hidden states at the positions that are read.
+    """
+
+    config_keys = [*Reader.config_keys, "mask_id", "k_query", "k_passage", "prediction_shift"]
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, mask_id: int, k_query: int = 1,
+        k_passage: int = 1, prediction_shift: bool = True, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(model, tokenizer, **kwargs)
+        self._set_counts(1, k_query=k_query, k_passage=k_passage)
+        self.mask_id, self.prediction_shift = mask_id, prediction_shift
+
+    def mask_count(self, side: Side) -> int:
+        """K of a side."""
+        return self.k_query if side == "query" else self.k_passage
+
+    def features(self, texts: list[str], side: Side) -> dict[str, Any]:
+        k = self.mask_count(side)
+        template = RetrievalPrompt(self.tokenizer, side, few_words=k > 1)
+        ids, content = self.text_ids(texts, side)
+        rows = [[*template.left, *row, *template.right, *[self.mask_id] * k, *template.tail] for row in ids]
+        return self.pad_left(rows) | {"content_ids": content, "first_mask": len(template.tail) + k, "mask_count": k}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = super().logits(hidden)
+        logits[..., self.mask_id] = -torch.inf
+        return logits
+
+    def masked(self, features: dict[str, Any]) -> Tensor:
+        """Hidden states at the positions that are read; [batch, K, H]."""
+        hidden = self.body(features["input_ids"], features["attention_mask"])
+        start = hidden.shape[1] - features["first_mask"] - int(self.prediction_shift)
+        return hidden[:, start : start + features["mask_count"]]
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return features | self.read(self.masked(features), content_ids=features["content_ids"])
+
+
+class NextTokens(Reader):
+    """PromptReps' reader (arXiv 2404.18424): the last prompt token; then greedy decoding, a vector a token.
+
+    Vector 0 is the last prompt token's, vector j the one after the j-th decoded token.  Decoding ends at the
+    closing quote, at a special token, or after ``max_new_tokens`` tokens.  The left part of the prompt is computed
+    once.  Where gradients are wanted, one pass over prompt and decoded tokens reads the same positions.
+
+    Parameters
+    ----------
+    max_new_tokens : int
+        0: a single vector, and the prompt asks for one word.  N > 0: up to 1 + N vectors, a few words.
+    """
+
+    config_keys = [*Reader.config_keys, "max_new_tokens"]
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(model, tokenizer, **kwargs)
+        self._set_counts(0, max_new_tokens=max_new_tokens)
+        self._left: dict[tuple, DynamicCache] = {}
+        self._ends_answer: dict[int, bool] = {}
+
+    def features(self, texts: list[str], side: Side) -> dict[str, Any]:
+        template = RetrievalPrompt(self.tokenizer, side, few_words=self.max_new_tokens > 0)
+        ids, content = self.text_ids(texts, side)
+        rows = [[*row, *template.right] for row in ids]  # forward puts the left part before them
+        return self.pad_left(rows) | {"content_ids": content, "left_ids": template.left}
+
+    def left_cache(self, left_ids: tuple[int, ...], batch: int, keep: bool) -> DynamicCache:
+        """Keys and values of the constant left part, for a batch; ``keep`` where the weights do not change."""
+        key = (left_ids, self.model.device, self.model.dtype)
+        if not keep or key not in self._left:
+            cache = DynamicCache(config=self.model.config)
+            ids = torch.tensor([left_ids], device=self.model.device)
+            self.body(ids, torch.ones_like(ids), past=cache)
+            self._left = {key: cache} if keep else {}
+        cache = copy.deepcopy(self._left[key]) if keep else cache
+        cache.batch_repeat_interleave(batch)
+        return cache
+
+    def train(self, mode: bool = True) -> NextTokens:
+        self._left = {}
+        return super().train(mode)
+
+    def ends_answer(self, ids: Tensor) -> Tensor:
+        """Mark the tokens that close the answer: special ones, and those that hold the closing quote."""
+        for i in set(ids.tolist()) - self._ends_answer.keys():
+            self._ends_answer[i] = i in self.special_ids or '"' in self.tokenizer.decode([i])
+        return torch.tensor([self._ends_answer[i] for i in ids.tolist()], device=ids.device, dtype=torch.bool)
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        if torch.is_grad_enabled():
+            hidden, valid = self.teacher_forced(features)
+        else:
+            hidden, valid, _ = self.decode(features, keep=not self.training)
+        return features | self.read(hidden, valid, features["content_ids"])
+
+    def decode(self, features: dict[str, Any], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Greedy decoding with a key-value cache: hidden states [batch, 1 + N, H], which of them there are
+        (bool [batch, 1 + N]), and the decoded tokens (int64 [batch, N], padding where there are none)."""
+        ids, mask = features["input_ids"], features["attention_mask"]
+        left = torch.ones(len(ids), len(features["left_ids"]), dtype=mask.dtype, device=mask.device)
+        mask = torch.cat([left, mask], 1)
+        cache = self.left_cache(features["left_ids"], len(ids), keep)
+        last = self.body(ids, mask, past=cache)[:, -1]
+        hidden = last.new_zeros(len(ids), 1 + self.max_new_tokens, last.shape[-1])
+        valid = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        tokens = ids.new_full((len(ids), self.max_new_tokens), self.tokenizer.pad_token_id)
+        hidden[:, 0], valid[:, 0] = last, True
+        active = torch.arange(len(ids), device=hidden.device)
+        for j in range(1, 1 + self.max_new_tokens):
+            token = self.logits(last).argmax(-1)
+            goes_on = ~self.ends_answer(token)
+            if not goes_on.any():
+                break
+            if not goes_on.all():
+                active, token, mask = active[goes_on], token[goes_on], mask[goes_on]
+                cache.batch_select_indices(goes_on.nonzero()[:, 0])
+            mask = F.pad(mask, (0, 1), value=1)
+            last = self.body(token[:, None], mask, past=cache)[:, -1]
+            hidden[active, j], valid[active, j], tokens[active, j - 1] = last, True, token
+        return hidden, valid, tokens
+
+    def teacher_forced(self, features: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The hidden states of :meth:`decode` from one pass with gradients, and which of them there are."""
+        ids, mask = features["input_ids"], features["attention_mask"]
+        left = torch.tensor([features["left_ids"]], device=ids.device).expand(len(ids), -1)
+        ids, mask = torch.cat([left, ids], 1), torch.cat([torch.ones_like(left), mask], 1)
+        valid, longest = torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device), 0
+        if self.max_new_tokens:
+            with torch.no_grad():
+                _, valid, tokens = self.decode(features, keep=False)
+            longest = int(valid.sum(1).max()) - 1
+            ids = torch.cat([ids, tokens[:, :longest]], 1)
+            mask = torch.cat([mask, valid[:, 1 : 1 + longest].to(mask.dtype)], 1)
+        hidden = self.body(ids, mask)[:, -1 - longest :]
+        return F.pad(hidden, (0, 0, 0, valid.shape[1] - hidden.shape[1])), valid
+
+    def before_special(self, predicted_ids: Tensor) -> Tensor:
+        """Decoding has ended before a special token is read; every vector that there is counts."""
+        return torch.ones_like(predicted_ids, dtype=torch.bool)
+
+
+class MeanOfTokens(Reader):
+    """The mean of the last hidden states over the text's tokens: no prompt, no mask, no sparse side.
+
+    It is DiffEmbed (arXiv 2505.15045) on a diffusion LM; an empty text is read as one end-of-sequence token.
+    """
+
+    has_sparse = False
+
+    def features(self, texts: list[str], side: Side) -> dict[str, Any]:
+        return self.pad_left([row or [self.tokenizer.eos_token_id] for row in self.text_ids(texts, side)[0]])
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        mask = features["attention_mask"]
+        hidden = self.body(features["input_ids"], mask).float()
+        return features | self.read((hidden * mask[..., None]).sum(1, keepdim=True) / mask.sum(1)[:, None, None])
+
+
+class LastToken(Reader):
+    """RepLLaMA's reader (arXiv 2310.08319): the last token's hidden state of ``query: <text></s>`` or ``passage:
+    <text></s>``; no sparse side.  The text is tokenised with the space before it, as in one piece with the rest."""
+
+    has_sparse = False
+
+    def features(self, texts: list[str], side: Side) -> dict[str, Any]:
+        (left,) = encode_plain(self.tokenizer, [f"{side}:"])
+        ids, _ = self.text_ids([" " + text for text in texts], side)
+        return self.pad_left([[*left, *row, self.tokenizer.eos_token_id] for row in ids])
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return features | self.read(self.body(features["input_ids"], features["attention_mask"])[:, -1:])

@@ -1,0 +1,291 @@
+"""Exact search over representations: MaxSim, the mean of vectors, sparse, and their min-max hybrid.
+
+Memory is bounded by a block of passages.  Ties are broken the same way everywhere: higher score, then lower index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Integral
+
+import faiss
+import numpy as np
+import torch
+
+from diffret_lib.retrieval.representations import Representations
+
+#: Scores of one block: query vectors times passage vectors, or queries times passages.
+BLOCK = 1 << 24
+#: Scores that are this close, relative to a query's best, may be the same but for rounding.
+TIE = 1e-5
+MODES = ("dense", "sparse", "hybrid")
+RANK_MODES = ("dense", "mean", "sparse", "hybrid")
+#: The mode in which pairs (Kq, Kp) are selected and negatives are mined.
+SELECTION_MODE = "hybrid"
+
+
+_Top = Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
+
+
+def whole_number(name: str, value: int, least: int = 1, most: int = 2**31 - 1) -> int:
+    """``value``, or a ValueError that names it where it is no whole number of ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number of {least} to {most}, not {value!r}")
+    return int(value)
+
+
+def maxsim_search(
+    queries: Representations, passages: Representations, top_k: int, block: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the best passages by MaxSim: the sum over query vectors of the largest dot product with a passage's vectors.
+
+    Each largest dot product is clamped at 0 from below, as the paper's reference does.  So a text's missing
+    vectors, which are zero, change no score.  ``block`` is the number of passages that are scored at once.
+
+    Returns
+    -------
+    scores : ndarray of float32, shape (n_queries, min(top_k, n_passages))
+    indices : ndarray of int64, of the same shape
+
+    Raises
+    ------
+    ValueError
+        When a side has no dense vectors, their sizes differ, or scores are not finite.
+    """
+    _check(queries, passages, "dense")
+    kq, kp = queries.vectors, passages.vectors
+    vectors = torch.from_numpy(_filled(queries)).flatten(0, 1)
+
+    def top(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        part = torch.from_numpy(_filled(passages, rows))
+        products = vectors @ part.flatten(0, 1).T  # [nq * Kq, rows * Kp]
+        best = products.view(len(vectors), len(part), kp).amax(2) if kp > 1 else products
+        return _top(best.clamp_(min=0).view(len(queries), kq, len(part)).sum(1), top_k, rows)
+
+    return _merge_blocks(top, len(queries), len(passages), top_k, block or BLOCK // max(1, len(vectors) * kp))
+
+
+def single_search(
+    queries: Representations, passages: Representations, top_k: int, block: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the best passages by the dot product of the means of each side's vectors; else as :func:`maxsim_search`.
+
+    A faiss index finds the passages; their scores, and so their order, are those of one matrix product.
+    """
+    _check(queries, passages, "dense")
+    vectors = np.ascontiguousarray(mean_vectors(queries))
+
+    def top(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        part, index = np.ascontiguousarray(mean_vectors(passages, rows)), faiss.IndexFlatIP(vectors.shape[1])
+        _check_finite(vectors.sum() + part.sum(1), rows)
+        index.add(part)
+        depth = min(top_k, len(part))
+        scores, found = index.search(vectors, depth)
+        # faiss keeps any of the passages that tie at the cut: search deeper until the last is below all ties
+        while depth < len(part) and (scores[:, top_k - 1] - scores[:, -1] <= TIE * abs(scores[:, 0])).any():
+            depth = min(2 * depth, len(part))
+            scores, found = index.search(vectors, depth)
+        found = np.unique(found)
+        scores, places = _top(torch.from_numpy(vectors) @ torch.from_numpy(part[found]).T, top_k, rows)
+        return scores, torch.from_numpy(found)[places]
+
+    size = max(len(queries), passages.vectors * passages.dense.shape[2])
+    return _merge_blocks(top, len(queries), len(passages), top_k, block or BLOCK // max(1, size))
+
+
+def sparse_search(
+    queries: Representations, passages: Representations, top_k: int, block: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the best passages by the dot product of the sparse weights; otherwise :func:`maxsim_search`.
+
+    Passages that share no term with the query are there too, with the score 0, where ``top_k`` reaches them.
+    """
+    _check(queries, passages, "sparse")
+
+    def top(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return _top(torch.from_numpy((queries.sparse @ passages.sparse[rows].T).toarray()), top_k, rows)
+
+    return _merge_blocks(top, len(queries), len(passages), top_k, block or BLOCK // max(1, len(queries)))
+
+
+def mean_vectors(side: Representations, rows: slice = slice(None)) -> np.ndarray:
+    """Mean of each text's vectors, those that are there; float32 [n, H]."""
+    vectors = _filled(side, rows)
+    if vectors.shape[1] == 1:
+        return vectors[:, 0]
+    return vectors.sum(1) / np.maximum(side.lengths[rows], 1)[:, None].astype(np.float32)
+
+
+def _filled(side: Representations, rows: slice = slice(None)) -> np.ndarray:
+    """Dense vectors [n, K, H] in memory, of which the missing are zero whatever the array holds there."""
+    part = np.ascontiguousarray(side.dense[rows])
+    missing = np.arange(part.shape[1]) >= side.lengths[rows][:, None]
+    if missing.any() and part[missing].any():
+        part = np.where(missing[..., None], np.float32(0), part)
+    return part if part.flags.writeable else part.copy()
+
+
+def _check(queries: Representations, passages: Representations, side: str) -> None:
+    shapes = []
+    for name, texts in (("queries", queries), ("passages", passages)):
+        if getattr(texts, side) is None:
+            raise ValueError(f"the {name} have no {side} side")
+        shapes.append(getattr(texts, side).shape)
+    if shapes[0][-1] != shapes[1][-1]:
+        raise ValueError(f"the widths of the {side} sides differ: queries {shapes[0]} and passages {shapes[1]}")
+
+
+def _merge_blocks(top: _Top, n_queries: int, n: int, top_k: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Best of all passages from the best of each block."""
+    whole_number("top_k", top_k)
+    best = torch.empty(n_queries, 0), torch.empty(n_queries, 0, dtype=torch.int64)
+    block = max(1, block)
+    for start in range(0, n if n_queries else 0, block):
+        scores, indices = top(slice(start, min(start + block, n)))
+        # what is kept stands before the new, so that of equal scores the lower index stays
+        scores, indices = torch.cat([best[0], scores.float()], 1), torch.cat([best[1], indices + start], 1)
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+        best = scores.gather(1, order), indices.gather(1, order)
+    return best[0].numpy(), best[1].numpy()
+
+
+def _check_finite(scores: np.ndarray, rows: slice) -> None:
+    if not np.isfinite(scores).all():
+        raise ValueError(f"scores of the passages {rows.start}..{rows.stop} are not finite")
+
+
+def _top(scores: torch.Tensor, top_k: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``top_k`` columns of each row, by score and then by column."""
+    _check_finite(scores.numpy(), rows)
+    places = torch.arange(scores.shape[1]).expand(len(scores), -1)
+    if scores.shape[1] > 4 * top_k:
+        # a stable sort of all is slow, and torch.topk picks any of equal scores: so the threshold is
+        # found first; of the columns that equal it, the first fill the rest
+        threshold = scores.topk(top_k, dim=1, sorted=False).values.amin(1, keepdim=True)
+        above, equal = scores > threshold, scores == threshold
+        kept = above | (equal & (equal.cumsum(1) <= top_k - above.sum(1, keepdim=True)))
+        places = kept.nonzero()[:, 1].view(len(scores), top_k)
+        scores = scores.gather(1, places)
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+    return scores.gather(1, order), places.gather(1, order)
+
+
+def hybrid_search(
+    dense: tuple[np.ndarray, np.ndarray], sparse: tuple[np.ndarray, np.ndarray], top_k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Join two rankings: per query, min-max normalised scores of the retrieved passages, in equal parts.
+
+    A passage that one side did not retrieve has 0 there after the normalisation, as the last that it did
+    retrieve.  A list of equal scores normalises to 0.  These are the values of
+    ``ranx.fuse(runs, norm="min-max", method="wsum", params={"weights": [0.5, 0.5]})``, which leaves the order
+    of equal sums open; here it is that of the passages.
+
+    Both rankings are pairs (scores, indices) of shape (n_queries, k), and so is the result, of float32 in 0..1 and
+    int64.  Where a query has fewer passages than another, the score is -inf and the index -1.
+    """
+    n_queries = len(dense[0])
+    if len(sparse[0]) != n_queries:
+        raise ValueError(f"{n_queries} queries in the dense ranking, {len(sparse[0])} in the sparse one")
+    indices = np.concatenate([dense[1], sparse[1]], axis=1)
+    scores = np.concatenate([_min_max(dense[0]), _min_max(sparse[0])], axis=1) / 2
+    # a passage is at most twice in a row: once its indices are in order, beside itself
+    order = np.argsort(indices, axis=1, kind="stable")
+    indices, scores = np.take_along_axis(indices, order, 1), np.take_along_axis(scores, order, 1)
+    again = indices[:, 1:] == indices[:, :-1]
+    scores[:, :-1] += np.where(again, scores[:, 1:], 0)
+    scores[:, 1:][again], indices[:, 1:][again] = -np.inf, -1
+    # rows are in the order of the passages, so that a stable sort leaves equal scores in it
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+    indices, scores = np.take_along_axis(indices, order, 1), np.take_along_axis(scores, order, 1)
+    used = (indices >= 0).any(0)
+    return scores[:, used].astype(np.float32), indices[:, used].astype(np.int64)
+
+
+def _min_max(scores: np.ndarray) -> np.ndarray:
+    scores = scores.astype(np.float64)
+    if not scores.shape[1]:
+        return scores
+    least = scores.min(1, keepdims=True)
+    # the floor is the one of ranx
+    return (scores - least) / np.maximum(scores.max(1, keepdims=True) - least, 1e-9)
+
+
+def rank(
+    queries: Representations, passages: Representations, mode: str, top_k: int = 100, depth: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rank the passages for each query.
+
+    Parameters
+    ----------
+    mode : {"dense", "mean", "sparse", "hybrid"}
+        ``dense`` is the dot product where each side has one vector a text (K = 1), MaxSim otherwise; ``mean``
+        the dot product of the means of the vectors; ``hybrid`` joins ``dense`` and ``sparse``.
+    top_k : int
+        Passages of a query's ranking at most.
+    depth : int, optional
+        Passages that each side of a hybrid retrieves, over which its scores are normalised; by default ``top_k``.
+
+    Returns
+    -------
+    scores : ndarray of float, shape (n_queries, k)
+        Descending in each row.
+    indices : ndarray of int64, of the same shape
+        Of passages; -1 for none.  A sparse ranking leaves out passages of score 0; a hybrid takes them as retrieved.
+
+    Raises
+    ------
+    ValueError
+        For an unknown mode, a side that is missing, shapes or origins that do not fit, or a number that is none.
+    """
+    if mode not in RANK_MODES:
+        raise ValueError(f"mode must be one of {', '.join(RANK_MODES)}, not {mode!r}")
+    top_k = whole_number("top_k", top_k)
+    depth = top_k if depth is None else whole_number("depth", depth)
+    _check_origins(queries, passages)
+    if not len(queries) or not len(passages):
+        return np.zeros((len(queries), 0)), np.zeros((len(queries), 0), np.int64)
+    dense = single_search if mode == "mean" or queries.vectors == passages.vectors == 1 else maxsim_search
+    if mode == "hybrid":
+        return hybrid_search(dense(queries, passages, depth), sparse_search(queries, passages, depth), top_k)
+    scores, indices = (sparse_search if mode == "sparse" else dense)(queries, passages, top_k)
+    return scores, np.where(scores > 0, indices, -1) if mode == "sparse" else indices
+
+
+def _check_origins(queries: Representations, passages: Representations) -> None:
+    asked, held = queries.origin, passages.origin
+    if asked is None or held is None:
+        return
+    if (asked.side, held.side) != ("query", "passage"):
+        raise ValueError(f"the queries were encoded on the {asked.side} side, the passages on the {held.side} side")
+    if asked.space != held.space:
+        names = f"queries of {asked.system} and passages of {held.system}"
+        raise ValueError(f"{names} cannot be compared: they come from different weights, readers or vocabularies")
+
+
+def to_results(
+    scores: np.ndarray, indices: np.ndarray, query_ids: Sequence[str], passage_ids: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Ranked passages as a dict of query id to passage id to score, best first.
+
+    Equal scores are set apart by one unit in the last place of float64: what sorts a run by its scores
+    (ranx, trec_eval) has no other means to know the order.
+
+    Both arrays have the shape (n_queries, k); scores descend in each row, and an index of -1 stands for none.
+    ValueError: shapes and ids do not fit, ids are not unique, or a row does not descend.
+    """
+    scores, indices, passage_ids = np.array(scores, np.float64), np.asarray(indices), list(passage_ids)
+    if scores.shape != indices.shape or scores.ndim != 2 or len(scores) != len(query_ids):
+        raise ValueError(f"scores {scores.shape}, indices {indices.shape} and {len(query_ids)} query ids do not fit")
+    for kind, ids in (("query", query_ids), ("passage", passage_ids)):
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"{kind} ids must be unique")
+    if indices.size and indices.max() >= len(passage_ids):
+        raise ValueError(f"passage index {indices.max()}, but there are {len(passage_ids)} passage ids")
+    if (scores[:, 1:] > scores[:, :-1]).any():
+        raise ValueError("the scores of a query must be descending")
+    for j in range(1, scores.shape[1]):
+        scores[:, j] = np.minimum(scores[:, j], np.nextafter(scores[:, j - 1], -np.inf))
+    return {
+        query: {passage_ids[i]: score for i, score in zip(row, values, strict=True) if i >= 0}
+        for query, row, values in zip(query_ids, indices.tolist(), scores.tolist(), strict=True)
+    }

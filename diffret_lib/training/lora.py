@@ -1,0 +1,199 @@
+"""LoRA adapters and their checkpoints: what the adaptation and the contrastive fine-tuning share.
+
+A training that was interrupted goes on from its last whole checkpoint and ends with the weights that it would have
+had without the interruption.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+
+from diffret_lib.cache import is_sealed, seal, write_text
+from diffret_lib.models.backbones import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoadedBackbone
+
+
+def add_lora(
+    backbone: LoadedBackbone, *, rank: int, alpha: int, seed: int, dtype: torch.dtype | None = None, **options: Any
+) -> PeftModel:
+    """A copy of a backbone's model with LoRA on all its linear layers; a seed always gives the same one.
+
+    Parameters
+    ----------
+    dtype : torch.dtype, optional
+        Of the copy; the backbone's by default.  LoRA itself is float32.
+    **options
+        Other fields of :class:`peft.LoraConfig`.
+    """
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+        model = get_peft_model(copy.deepcopy(backbone.model).to(dtype or backbone.dtype), config)
+    model.peft_config["default"].base_model_name_or_path = backbone.spec.name
+    return model
+
+
+def save_adapter(model: PeftModel, folder: Path, base: str) -> None:
+    """Write a PEFT adapter; the same weights give the same bytes, and no local path is in it.
+
+    Parameters
+    ----------
+    base : str
+        :attr:`LoadedBackbone.weights` of the backbone that it was trained on, for its metadata.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # "auto" would look for the base model's configuration on the hub
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    settings = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    settings = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+    write_text(folder / ADAPTER_CONFIG, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+    attention = "causal" if getattr(model.config, "is_causal", True) else "bidirectional"
+    metadata = {"base": base, "base_name": settings["base_model_name_or_path"], "attention": attention}
+    _save_tensors({name: weight.contiguous() for name, weight in weights.items()}, metadata, folder / ADAPTER_WEIGHTS)
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Load the weights that :func:`save_adapter` wrote."""
+    set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
+
+
+def export_adapter(source: Path, target: Path) -> int:
+    """Write a saved adapter again with its weights in bfloat16, half the size; returns their bytes."""
+    target.mkdir(parents=True, exist_ok=True)
+    with safe_open(source / ADAPTER_WEIGHTS, framework="pt") as file:
+        metadata = file.metadata()
+    halves = {name: weight.bfloat16() for name, weight in load_file(source / ADAPTER_WEIGHTS).items()}
+    _save_tensors(halves, metadata, target / ADAPTER_WEIGHTS)
+    shutil.copyfile(source / ADAPTER_CONFIG, target / ADAPTER_CONFIG)
+    return (target / ADAPTER_WEIGHTS).stat().st_size
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """Write safetensors with sorted metadata; the library's own order differs from process to process."""
+    data = save(tensors)
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start]) | {"__metadata__": {"format": "pt", **metadata}}
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+
+
+# -- training ----------------------------------------------------------------------------------------------
+
+
+class AdapterCheckpoints:
+    """Mixin of a trainer whose checkpoints hold the adapter alone, in the folder ``adapter``.
+
+    Attributes
+    ----------
+    base : str
+        As for :func:`save_adapter`.
+    """
+
+    base: str
+
+    @property
+    def adapted(self) -> PeftModel:
+        """The model that is trained."""
+        return self.model
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        save_adapter(self.adapted, Path(output_dir or self.args.output_dir) / "adapter", self.base)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter(self.adapted, Path(resume_from_checkpoint) / "adapter")
+
+
+class Checkpoints(TrainerCallback):
+    """Seal every checkpoint when it is whole, and have one written after ``seconds`` as well."""
+
+    def __init__(self, seconds: float = math.inf) -> None:
+        self.seconds = seconds
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.last = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        control.should_save |= time.perf_counter() - self.last > self.seconds
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        seal(_checkpoint(Path(args.output_dir), state.global_step))
+        self.last = time.perf_counter()
+
+
+class Progress(TrainerCallback):
+    """A progress bar over the steps; ``shown`` maps names of logged numbers to what the bar calls them."""
+
+    def __init__(self, name: str, shown: Mapping[str, str]) -> None:
+        self.name, self.shown = name, shown
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"training {self.name}", unit="step")
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
+        if values := {name: f"{logs[key]:.3f}" for key, name in self.shown.items() if key in logs}:
+            self.bar.set_postfix(values, refresh=False)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.bar.update(1)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest checkpoint in a folder that is whole, as is the best one until then; None without one."""
+    found = [path for path in work.glob("checkpoint-*") if is_sealed(path) and is_sealed(_best(path))]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _best(checkpoint: Path) -> Path:
+    """The checkpoint of the best measured step until a checkpoint (without measurements: itself)."""
+    state = read_state(checkpoint)
+    return _checkpoint(checkpoint.parent, state.best_global_step or state.global_step)
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """The trainer's state in a checkpoint."""
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def train_to_end(trainer: Trainer, has_ended: Callable[[TrainerState], bool]) -> tuple[Path, TrainerState]:
+    """Train, or go on from the last whole checkpoint in the trainer's folder.
+
+    Parameters
+    ----------
+    has_ended : callable
+        Tells from a checkpoint's state whether there is nothing left to train.
+
+    Returns
+    -------
+    (Path, TrainerState)
+        The adapter of the best measured step (without measurements: the last), and the state at the end.
+    """
+    trainer.remove_callback(PrinterCallback)
+    work = Path(trainer.args.output_dir)
+    checkpoint = last_checkpoint(work)
+    if checkpoint is None or not has_ended(read_state(checkpoint)):
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        checkpoint = last_checkpoint(work)
+    return _best(checkpoint) / "adapter", read_state(checkpoint)
+
+
+def _checkpoint(work: Path, step: int) -> Path:
+    return work / f"checkpoint-{step}"

@@ -1,0 +1,169 @@
+"""The loss of the contrastive fine-tuning: InfoNCE on the dense side plus InfoNCE on the sparse side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext, _create_minibatch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def dense_scores(queries: Tensor, passages: Tensor, query_lengths: Tensor) -> Tensor:
+    """The scores that :mod:`diffret_lib.retrieval.search` ranks by, over the query's vectors; float [q, p].
+
+    Parameters
+    ----------
+    queries, passages : float Tensor [q, Kq, H], [p, Kp, H]
+        Normalised vectors; those that are missing are zero.
+    query_lengths : Tensor [q]
+        Vectors that each query has.
+
+    Returns
+    -------
+    Tensor
+        The dot product where both sides have one vector; else MaxSim, each maximum clamped at 0 from below, over
+        ``query_lengths``.
+    """
+    if queries.shape[1] == passages.shape[1] == 1:
+        return queries[:, 0] @ passages[:, 0].T
+    products = queries.flatten(0, 1) @ passages.flatten(0, 1).T
+    best = products.view(*queries.shape[:2], *passages.shape[:2]).amax(3).clamp(min=0)
+    return best.sum(1) / query_lengths[:, None]
+
+
+@dataclass(frozen=True)
+class FalseNegatives:
+    """The passages of a batch that are relevant to its queries, by codes of equal texts.
+
+    Parameters
+    ----------
+    passages : int64 Tensor [rows, 1 + n]
+        Code of each row's positive and hard negatives.
+    relevant : int64 Tensor [rows, m]
+        Codes of what is relevant to each row's query, filled up with -1.
+    """
+
+    passages: Tensor
+    relevant: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Passages that are no negatives of a query, for the batch of these rows; bool [b, (1 + n) * b].
+
+        Columns are the positives, then the first hard negatives, ...; a query's own positive (column i of row i)
+        is not among them.
+        """
+        rows = rows.to(self.passages.device)
+        codes = self.passages[rows].T.flatten()
+        out = (codes[None, :, None] == self.relevant[rows][:, None]).any(2)
+        return out.index_put((torch.arange(len(rows)),) * 2, torch.tensor(False))
+
+
+class JointInfoNCE(CachedLossMixin, nn.Module):
+    r"""Dense plus sparse InfoNCE over the batch's passages, with gradient caching.
+
+    .. math::
+        -\log \frac{e^{s(q, p^+) / \tau}}{\sum_p e^{s(q, p) / \tau}}
+        -\log \frac{e^{w_q \cdot w_{p^+}}}{\sum_p e^{w_q \cdot w_p}}
+
+    with :func:`dense_scores` as s and sparse weights w; the second term only where the reader has a sparse side.
+    The sums run over the query's positive, its hard negatives, and the other queries' positives and hard
+    negatives.  A passage that is relevant to the query, or has the text of one that is, counts in neither; a batch
+    sampler without duplicates would not see that a passage which stands in another row is relevant here too.
+
+    sentence-transformers' ``CachedMultiVectorMultipleNegativesRankingLoss`` caches the gradients of one tensor, reads
+    ``token_embeddings`` alone and takes no mask.  So the library's gradient cache is used here, with a text's
+    vectors, their validity and its sparse weights packed into one row: both sides come out of one forward pass.
+
+    Parameters
+    ----------
+    model : MultiVectorEncoder
+        With one module, a :class:`~diffret_lib.models.readers.Reader`.
+    temperature : float
+        Of the dense scores.
+    mini_batch_size : int
+        Texts of one forward pass.  A step of no more texts is computed without the cache's second pass.
+    false_negatives : FalseNegatives, optional
+        Then the labels are numbers of its rows.
+
+    Attributes
+    ----------
+    parts : dict of str to Tensor
+        The terms ("dense", "sparse") of the last batch, detached.
+    """
+
+    def __init__(
+        self, model: MultiVectorEncoder, *, temperature: float = 0.01, mini_batch_size: int = 32,
+        false_negatives: FalseNegatives | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.model, self.temperature = model, temperature
+        self.mini_batch_size, self.false_negatives = mini_batch_size, false_negatives
+        self.parts: dict[str, Tensor] = {}
+        reader = model[0]
+        self.hidden_size, self.sparse_size = reader.hidden_size, reader.vocab_size if reader.has_sparse else 0
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        """The mean over the queries.
+
+        Parameters
+        ----------
+        sentence_features : iterable of dict
+            A query column, then passage columns (positives first), as the reader's ``preprocess`` gives them.
+        labels : int64 Tensor [b], optional
+            Row numbers for ``false_negatives``.
+        """
+        columns = list(sentence_features)
+        if sum(len(column["input_ids"]) for column in columns) > self.mini_batch_size:
+            return self.forward_cached(columns, labels)
+        return self.calculate_loss([[self.embed(column)] for column in columns], labels)
+
+    def embed(self, features: dict[str, Any]) -> Tensor:
+        """Vectors, validity and sparse weights of each text in one row; float [b, K * (H + 1) + V]."""
+        out = self.model(features)
+        parts = [out["token_embeddings"].flatten(1), out["attention_mask"].to(out["token_embeddings"].dtype)]
+        return torch.cat(parts + ([out["sentence_embedding"]] if self.sparse_size else []), 1)
+
+    def unpack(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors [b, K, H], their number [b] and sparse weights [b, V] of packed rows."""
+        k = (rows.shape[1] - self.sparse_size) // (self.hidden_size + 1)
+        vectors, valid, sparse = rows.split([k * self.hidden_size, k, self.sparse_size], 1)
+        return vectors.unflatten(1, (k, self.hidden_size)), valid.sum(1), sparse
+
+    def embed_minibatch(
+        self, sentence_feature: dict[str, Any], begin: int, end: int, with_grad: bool, copy_random_state: bool,
+        random_state: RandContext | None = None,
+    ) -> tuple[Tensor, RandContext | None]:  # fmt: skip
+        """Embed packed rows; called by the library's gradient cache."""
+        part = _create_minibatch(sentence_feature, begin, end)
+        with random_state or nullcontext(), nullcontext() if with_grad else torch.no_grad():
+            tensors = [v for v in part.values() if torch.is_tensor(v)]
+            random_state = RandContext(*tensors) if copy_random_state else None
+            return self.embed(part), random_state
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss from the packed rows of each column's mini-batches."""
+        queries, *passages = (torch.cat(column) for column in reps)
+        query_vectors, lengths, query_weights = self.unpack(queries)
+        vectors, _, weights = self.unpack(torch.cat(passages))
+        scores = {"dense": dense_scores(query_vectors, vectors, lengths) / self.temperature}
+        if self.sparse_size:
+            scores["sparse"] = query_weights @ weights.T
+        target = torch.arange(len(queries), device=queries.device)
+        if self.false_negatives is not None:
+            wrong = self.false_negatives(labels).to(queries.device)
+            scores = {side: s.masked_fill(wrong, -torch.inf) for side, s in scores.items()}
+        terms = {side: F.cross_entropy(s, target) for side, s in scores.items()}
+        self.parts = {side: term.detach() for side, term in terms.items()}
+        loss = torch.stack(list(terms.values())).sum()
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss

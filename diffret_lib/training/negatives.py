@@ -1,0 +1,82 @@
+"""Hard negatives of the training queries, from the rankings of several retrievers.
+
+``sentence_transformers.util.mine_hard_negatives`` ranks with one SentenceTransformer, by its single dense vectors:
+neither with BM25 nor by a hybrid of MaxSim and sparse scores.  It leaves out rows for which it finds too few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain, zip_longest
+
+import pandas as pd
+
+from diffret_lib.data.collection import Collection, seeded_order
+from diffret_lib.retrieval.metrics import Run
+
+RANDOM = "random"
+
+
+def mine_hard_negatives(collection: Collection, runs: Mapping[str, Run], n: int, seed: int = 0) -> pd.DataFrame:
+    """The n highest passages of each query that are not relevant, taken from the rankings in turn.
+
+    Which ranking comes first changes from query to query.  Passages judged relevant, and passages of the same
+    text as one of those or as a negative already taken, are left out.  A query whose rankings hold too few is
+    filled up with random passages.
+
+    Parameters
+    ----------
+    collection : Collection
+    runs : dict of str to run
+        Rankings of the collection's queries (query id to passage id to score), by the name of their source.
+    n : int
+    seed : int
+        Of the random passages.
+
+    Returns
+    -------
+    DataFrame
+        Columns query_id, passage_id, source (a name of ``runs`` or "random"); n rows for each query, in order.
+
+    Raises
+    ------
+    ValueError
+        When n is below 1, or a query has fewer than n passages that are not relevant.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    texts = dict(zip(collection.passage_ids, collection.passages, strict=True))
+    names, rows = list(runs), []
+    for place, query_id in enumerate(collection.query_ids):
+        taken = {texts[p] for p in collection.relevant(query_id)}
+        shift = place % max(1, len(names))
+        rankings = []
+        for name in names[shift:] + names[:shift]:
+            scores = runs[name].get(query_id, {})
+            rankings.append([(p, name) for p in sorted(scores, key=scores.get, reverse=True) if texts[p] not in taken])
+        mined = (found for row in zip_longest(*rankings) for found in row if found is not None)
+        order = seeded_order(collection.passage_ids, f"negatives {seed} {query_id}")
+        chosen: list[tuple[str, str, str]] = []
+        for passage_id, source in chain(mined, ((p, RANDOM) for p in order)):
+            if len(chosen) == n:
+                break
+            if texts[passage_id] not in taken:
+                chosen.append((query_id, passage_id, source))
+                taken.add(texts[passage_id])
+        if len(chosen) < n:
+            raise ValueError(
+                f"{collection.name}: query {query_id!r} has only {len(chosen)} passages that are not relevant, and {n} "
+                "negatives are asked for; ask for fewer, or take a larger sample of passages"
+            )
+        rows += chosen
+    return pd.DataFrame(rows, columns=["query_id", "passage_id", "source"])
+
+
+def negatives_table(collection: Collection, negatives: pd.DataFrame) -> pd.DataFrame:
+    """One row: collection, coverage, queries, passages, negatives per query, and the share of each source."""
+    shares = negatives["source"].value_counts(normalize=True).sort_index()
+    row = {
+        "collection": collection.name, "coverage": collection.coverage, "queries": len(collection.queries),
+        "passages": len(collection.passages), "negatives_per_query": len(negatives) // len(collection.queries),
+    }  # fmt: skip
+    return pd.DataFrame([row | {f"share_{source}": share for source, share in shares.items()}])

@@ -1,0 +1,159 @@
+"""Addresses cover content, settings and the code that computes; edits are made in a copy of the package."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import diffret_lib
+from diffret_lib.addresses import SourceTree, address, code_fingerprint, fingerprint
+
+PACKAGE = Path(diffret_lib.__file__).parent
+# as Retriever.fingerprint and Study.address take them
+ENCODING = [("diffret_lib.retrieval.systems", "encode_shard"), ("diffret_lib.models.readers", "MaskedPositions")]
+RANKING = [("diffret_lib.experiments.study", "ranking")]
+
+
+@pytest.fixture
+def package(tmp_path) -> Path:
+    shutil.copytree(PACKAGE, tmp_path / "diffret_lib", ignore=shutil.ignore_patterns("adapters", "__pycache__"))
+    return tmp_path / "diffret_lib"
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text, f"{path.name} has no {old!r}"
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def addresses(package: Path) -> list[str]:
+    tree = SourceTree(package)
+    return [tree.fingerprint(ENCODING), tree.fingerprint(RANKING), tree.everything()]
+
+
+def first_return(path: Path, name: str) -> str:
+    """The first line with ``return`` in a class or function."""
+    text = path.read_text(encoding="utf-8")
+    start = re.search(rf"^(class|def) {name}\b", text, re.MULTILINE).start()
+    return re.search(r"^ +return (?!\w+$).+$", text[start:], re.MULTILINE)[0]
+
+
+def test_an_edited_line_of_a_reader_gives_another_address_to_encodings(package):
+    before = addresses(package)
+    line = first_return(package / "models" / "readers.py", "Reader")
+    edit(package / "models" / "readers.py", line, re.sub(r"return (.*)", r"return (\1)  # the same tree", line))
+    assert addresses(package) == before
+    edit(package / "models" / "readers.py", "return (", "return 0 or (")
+    encoding, ranking, everything = addresses(package)
+    assert encoding != before[0] and ranking == before[1] and everything != before[2]
+
+
+def test_an_edit_of_search_gives_another_address_to_rankings_alone(package):
+    before = addresses(package)
+    line = first_return(package / "retrieval" / "search.py", "hybrid_search")
+    edit(package / "retrieval" / "search.py", line, line.replace("return ", "return 0 or "))
+    encoding, ranking, everything = addresses(package)
+    assert encoding == before[0] and ranking != before[1] and everything != before[2]
+
+
+@pytest.mark.parametrize("module", ["models/readers.py", "retrieval/systems.py", "retrieval/search.py", "models/prompts.py"])
+def test_comments_and_docstrings_give_no_other_address(package, module):
+    before = addresses(package)
+    path = package / module
+    text = path.read_text(encoding="utf-8")
+    commented = re.sub(r"^(def |class )", r"# a comment\n\1", text, flags=re.MULTILINE)
+    commented = re.sub(r'^( *)"""(?=\w)', r'\1"""Now: ', commented, flags=re.MULTILINE)
+    assert commented.count("a comment") > 3 and commented.count("Now: ") > 5
+    path.write_text(commented, encoding="utf-8")
+    compile(commented, module, "exec")
+    assert addresses(package) == before
+
+
+def sources(folder: Path, **modules: str) -> SourceTree:
+    root = folder / "lib"
+    root.mkdir(exist_ok=True)
+    for name, text in modules.items():
+        (root / f"{name}.py").write_text(text, encoding="utf-8")
+    return SourceTree(root, "lib")
+
+
+A = "from lib.b import helper\nfrom lib import c\n\nclass Base:\n    k = 1\n\nclass Reader(Base):\n    def read(self):\n        return helper(c.SIZE)\n"
+B = "import functools\n\ndef _inner(x):\n    return x\n\n@functools.cache\ndef helper(x):\n    return _inner(x)\n\ndef other():\n    return 2\n"
+C = "SIZE = 3\nTABLE = {}\nTABLE['x'] = 1\nif SIZE:\n    def under():\n        return 1\n\ndef use():\n    return TABLE, under\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "reader", "use"),
+    [
+        ("a", "k = 1", "k = 2", True, False),  # a base class
+        ("a", "helper(c", "-helper(c", True, False),
+        ("b", "return x", "return x + 1", True, False),  # a function of a function
+        ("b", "@functools.cache\n", "", True, False),  # a decorator
+        ("b", "return 2", "return 3", False, False),  # not used
+        ("c", "SIZE = 3", "SIZE = 4", True, True),  # a constant, through its module; the other is under an `if` of it
+        ("c", "= 1\nif", "= 2\nif", False, True),  # an item that is put into a constant
+        ("c", "        return 1", "        return 2", False, True),  # a function under an `if`
+    ],
+)
+def test_names_are_followed_through_modules(tmp_path, module, old, new, reader, use):
+    texts = {"a": A, "b": B, "c": C}
+    before = sources(tmp_path, **texts)
+    assert old in texts[module]
+    after = sources(tmp_path, **texts | {module: texts[module].replace(old, new, 1)})
+    for place, changed in (("lib.a", "Reader"), reader), (("lib.c", "use"), use):
+        assert (before.fingerprint([place]) != after.fingerprint([place])) is changed
+    assert before.everything() != after.everything()
+
+
+def test_plumbing_is_no_part_of_an_address(package):
+    before = addresses(package)[:2]
+    edit(package / "cache.py", "SMALL_FILE = 1 << 20", "SMALL_FILE = 1 << 21")
+    assert addresses(package)[:2] == before
+
+
+def test_the_code_of_a_notebook_counts():
+    def one():
+        return 1
+
+    def two():
+        return 2
+
+    assert code_fingerprint(one) == code_fingerprint(one) != code_fingerprint(two)
+    assert address([one], "settings") != address([one], "other settings") != address([two], "other settings")
+
+
+def test_versions_of_libraries_count(monkeypatch):
+    before = address([fingerprint], 1)
+    assert address([fingerprint], 1) == before
+    monkeypatch.setattr("diffret_lib.addresses._library_versions", lambda: {"torch": "0"})
+    assert address([fingerprint], 1) != before
+
+
+def test_fingerprint_is_stable_across_processes_and_versions():
+    # computed by hand: sha256 of the bytes of ["a",1,{"k":[true,null]}]
+    assert fingerprint("a", 1, {"k": [True, None]}) == hashlib.sha256(b'["a",1,{"k":[true,null]}]').hexdigest()
+
+
+def test_fingerprint_ignores_key_order_and_tells_content_apart():
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint([1, 2]) == fingerprint((1, 2)) == fingerprint([np.int64(1), 2])
+    values = ["1", 1, 1.5, True, None, b"1", "", [], {}, ["1"], [["1"]], "\ud800", "é", "e\u0301"]
+    assert len({fingerprint(v) for v in values}) == len(values)
+    assert fingerprint("ab", "c") != fingerprint("a", "bc") != fingerprint("abc")
+
+
+@pytest.mark.parametrize("value", [{1: 2}, {1, 2}, object(), Path("x"), np.zeros(2)])
+def test_fingerprint_refuses_what_has_no_canonical_form(value):
+    with pytest.raises(TypeError, match="fingerprint takes"):
+        fingerprint(value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [np.float32("nan")]])
+def test_fingerprint_refuses_what_is_not_finite(value):
+    with pytest.raises(ValueError):
+        fingerprint(value)

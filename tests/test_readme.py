@@ -1,0 +1,51 @@
+"""The README: its Python example, for every system that it names, and its links."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from tiny import tiny_backbone
+
+from diffret_lib.config import CHECKOUT
+from diffret_lib.retrieval import systems
+
+README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+SYSTEMS = {
+    "DiffRetriever": 'DiffRetriever(diffusion, k_query=4, k_passage=4)', "PromptReps": "PromptReps(parent)",
+    "DiffEmbed": "DiffEmbed(diffusion)", "MeanPooledAR": "MeanPooledAR(parent)", "RepLLaMA": "RepLLaMA(parent)",
+    "BM25": "BM25()",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_python_example_works_for_each_system(name, tmp_path, capsys):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    assert all(f"`{other}`" in README for other in SYSTEMS if other != "DiffRetriever")
+    code, changed = re.subn(r'DiffRetriever\("smollm2.*\)', SYSTEMS[name], code)
+    assert changed == 1
+    code = code.replace("import DiffRetriever", f"import {name}")
+    family = "diffusion" if "diffusion" in SYSTEMS[name] else "autoregressive"
+    loaded = tiny_backbone(tmp_path / family, family)
+    space: dict = {"diffusion": loaded, "parent": loaded}
+    exec(code, space)
+    run = space["retriever"].search(space["queries"], space["passages"], top_k=10)
+    (scores,) = run.run.values() if hasattr(run, "run") else run.values()
+    assert 1 <= len(dict(scores)) <= 2
+    for mode in space["retriever"].modes:
+        space["retriever"].search(space["queries"], space["passages"], mode=mode)
+    assert capsys.readouterr().out
+
+
+def test_every_system_is_named():
+    assert {name for name, value in vars(systems).items() if isinstance(value, type) and value.__module__ == systems.__name__} \
+        - {"System", "Retriever"} == set(SYSTEMS)  # fmt: skip
+
+
+def test_links_and_paths_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    paths = re.findall(r"`((?:diffret_lib|notebooks|scripts|benchmarks)/[\w./-]+)`", README)
+    assert len(links) > 9 and len(paths) > 3
+    for path in (*links, *paths):
+        assert (CHECKOUT / path).exists(), path
+    assert all(f"[`{p.stem}`](notebooks/{p.name})" in README for p in CHECKOUT.glob("notebooks/*.ipynb"))

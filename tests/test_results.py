@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from diffret_lib.cache import StorageError
+from diffret_lib.config import CHECKOUT, load_profile
+from diffret_lib.environment import hardware, versions
+from diffret_lib.report import results as module
+from diffret_lib.report.results import Results, default_root, set_style
+
+
+@pytest.fixture
+def results(tmp_path) -> Results:
+    return Results("smoke", tmp_path)
+
+
+FRAME = pd.DataFrame(
+    {
+        "system": ["PromptReps", "a|b & 50%_<i>"],
+        "value": [1 / 3, np.nan],
+        "ndcg@10": [0.5, 0.123456789012345],
+        "k": [1, 16],
+        "words": ["x", "two\nlines"],
+    }
+)
+
+
+def test_folders(results, tmp_path):
+    for name in ("tables", "figures", "notebooks"):
+        assert (tmp_path / "smoke" / name).is_dir()
+    assert results.path("runs", "a.json") == (tmp_path / "smoke" / "runs" / "a.json").resolve()
+    assert (tmp_path / "smoke" / "runs").is_dir()
+    assert Results(load_profile("smoke"), tmp_path).folder == results.folder
+    with pytest.raises(ValueError, match="profile name '../x'"):
+        Results("../x", tmp_path)
+
+
+@pytest.mark.parametrize("place", ["smoke", "smoke/tables"])
+def test_a_file_in_place_of_a_folder(tmp_path, place):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("")
+    with pytest.raises(StorageError) as error:
+        Results("smoke", tmp_path)
+    message = str(error.value)
+    assert f"{place} is a file, and a folder is needed" in message and "\n" not in message
+
+
+def test_default_root_is_the_checkouts(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert default_root() == CHECKOUT / "results"
+    monkeypatch.setattr(module, "CHECKOUT", tmp_path / "site")
+    assert default_root() == tmp_path / "results"
+
+
+def test_csv_keeps_every_digit(results):
+    results.table(FRAME, "t", floatfmt=".1f")
+    read = pd.read_csv(results.tables / "t.csv", float_precision="round_trip")
+    pd.testing.assert_frame_equal(read, FRAME, check_exact=True, check_dtype=False)
+    assert b"\r" not in (results.tables / "t.csv").read_bytes()
+
+
+def test_markdown(results):
+    results.table(FRAME, "t", caption="Zero shot", floatfmt={"value": ".2f"})
+    lines = (results.tables / "t.md").read_text(encoding="utf-8").splitlines()
+    assert lines[:2] == ["**Zero shot**", ""]
+    rows = [[cell.strip() for cell in line.replace(r"\|", "\0").strip("|").split("|")] for line in lines[2:]]
+    assert rows[0] == ["system", "value", "ndcg@10", "k", "words"]
+    assert [r.endswith(":") for r in rows[1]] == [False, True, True, True, False]
+    assert rows[2] == ["PromptReps", "0.33", "0.500", "1", "x"]
+    assert rows[3] == ["a\0b & 50%_<i>", "", "0.123", "16", "two lines"]
+
+
+def test_latex(results):
+    results.table(FRAME, "t", caption="50% of_it")
+    text = (results.tables / "t.tex").read_text(encoding="utf-8")
+    for part in (r"\toprule", r"\bottomrule", r"\caption{50\% of\_it}", r"\label{tab:t}", "{lrrrl}",
+                 r"a|b \& 50\%\_<i> &  & 0.123 & 16 & two lines \\"):  # fmt: skip
+        assert part in text
+
+
+def test_what_a_notebook_shows(results):
+    shown = results.table(FRAME, "t", caption="a < b")
+    markup = shown._repr_html_()
+    assert "a &lt; b" in markup and "50%_&lt;i&gt;" in markup and ">0.333</td>" in markup
+    assert markup == results.table(FRAME, "t", caption="a < b")._repr_html_()
+    assert repr(shown) == (results.tables / "t.md").read_text(encoding="utf-8").rstrip("\n")
+    assert "0x" not in repr(shown)
+    pd.testing.assert_frame_equal(shown.frame, FRAME)
+
+
+def test_index_two_levels_and_no_rows(results):
+    frame = pd.DataFrame({("dense", "a"): [1.0], ("dense", "b"): [2.0]}, index=pd.Index(["r"], name="system"))
+    results.table(frame, "wide", index=True, floatfmt=".1f")
+    header, _, row = (results.tables / "wide.md").read_text(encoding="utf-8").splitlines()
+    assert header.replace(" ", "") == "|system|densea|denseb|" and row.replace(" ", "") == "|r|1.0|2.0|"
+    results.table(pd.DataFrame({"a": [], "b": []}), "none")
+    assert (results.tables / "none.csv").read_text(encoding="utf-8") == "a,b\n"
+    with pytest.raises(ValueError, match="table name 'a/b'"):
+        results.table(FRAME, "a/b")
+
+
+def test_figures_are_the_same_bytes_again(results):
+    import matplotlib.pyplot as plt
+
+    set_style()
+    found = []
+    for _ in range(2):
+        figure, axes = plt.subplots()
+        axes.fill_between([1, 2], [1, 3], label="$x$")
+        axes.legend()
+        results.figure(axes, "f")
+        plt.close(figure)
+        found.append([(results.figures / f"f.{ending}").read_bytes() for ending in ("png", "svg")])
+    assert found[0] == found[1]
+    png, svg = found[0]
+    assert png.startswith(b"\x89PNG") and b"<svg" in svg and b"<dc:date>" not in svg
+    assert sorted(p.name for p in results.figures.iterdir()) == ["f.png", "f.svg"]
+
+
+def test_a_failed_write_leaves_what_was_there(results):
+    results.table(FRAME, "t")
+    before = (results.tables / "t.csv").read_bytes()
+
+    class Broken:
+        def savefig(self, path, **options):
+            with open(path, "wb") as file:
+                file.write(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        results.figure(Broken(), "f")
+    assert list(results.figures.iterdir()) == []
+    assert (results.tables / "t.csv").read_bytes() == before
+
+
+def test_run_json_is_merged(results):
+    assert results.run() == {}
+    results.record("pydocs/numpy", "abc")
+    results.record("backbone", "old")
+    results.record("backbone", {"a": np.float32(0.5), "n": np.arange(2)})
+    results.record("sample", 7, section="seeds")
+    results.record_run("01_backbones", seconds=1.2345, peak_memory_bytes=5, status="ok")
+    results.record_run("01_backbones", seconds=2, peak_memory_bytes=None)
+    results.record_run("02_mask_count_ablation", seconds=3, peak_memory_bytes=6)
+    profile = load_profile("smoke")
+    results.record_environment(profile)
+    run = json.loads(results.run_file.read_text(encoding="utf-8"))
+    assert run["fingerprints"] == {"pydocs/numpy": "abc", "backbone": {"a": 0.5, "n": [0, 1]}}
+    assert run["seeds"] == {"sample": 7, "profile": profile.seed}
+    assert run["notebooks"] == {
+        "01_backbones": {"seconds": 2.0, "peak_memory_bytes": None},
+        "02_mask_count_ablation": {"seconds": 3.0, "peak_memory_bytes": 6},
+    }
+    assert run["profile"]["fingerprint"] == profile.fingerprint
+    assert run["profile"]["content"]["test_collections"] == profile.test_collections
+    assert run["versions"]["numpy"] == np.__version__
+    assert run["hardware"]["memory_bytes"] > 0
+    assert [p.name for p in results.folder.iterdir() if p.is_file()] == ["run.json"]
+
+
+def test_a_broken_record_is_named(results):
+    results.run_file.write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"run\.json: not valid JSON"):
+        results.record("a", 1)
+    for damaged in ("[]", '{"notebooks": 5}'):
+        results.run_file.write_text(damaged, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"run\.json: a JSON object of objects"):
+            results.record("a", 1)
+    results.run_file.unlink()
+    with pytest.raises(TypeError, match="object cannot be put into run.json"):
+        results.record("a", object())
+    assert not results.run_file.exists()
+
+
+def test_versions_and_hardware():
+    assert versions(["numpy", "no-such-distribution"]).keys() == {"python", "numpy", "no-such-distribution"}
+    assert versions(["no-such-distribution"])["no-such-distribution"] is None
+    found = hardware()
+    assert found["cpu"] and found["cores_usable"] >= 1 and isinstance(found["gpu"], list)
+
+
+def test_data_is_a_csv_alone(results):
+    frame = pd.DataFrame({"value": [0.1 + 0.2]})
+    results.data(frame, "long")
+    assert sorted(p.name for p in results.tables.glob("long.*")) == ["long.csv"]
+    assert pd.read_csv(results.tables / "long.csv", float_precision="round_trip")["value"][0] == 0.1 + 0.2
+    with pytest.raises(ValueError, match="table name"):
+        results.data(frame, "a/b")
+
+
+def test_start(tmp_path, monkeypatch):
+    """The first call of a notebook, in a process of its own: what it returns, shows, records and leaves."""
+    code = (
+        "from diffret_lib.report import start\n"
+        f"study, results = start('smoke', None, {str(tmp_path / 'results')!r})\n"
+        "print(study.profile.name, results.run()['profile']['content']['name'])\n"
+    )
+    left = tmp_path / "results" / "smoke" / "tables" / ".a.4194305-00000000.tmp.csv"  # no process has this number
+    left.parent.mkdir(parents=True)
+    left.write_text("half")
+    monkeypatch.setenv("DIFFRET_PEAK_FILE", str(tmp_path / "peak"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CHECKOUT)
+    assert "smoke smoke" in done.stdout
+    assert not left.exists() and int((tmp_path / "peak").read_text()) > 10_000_000

@@ -1,0 +1,315 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import ranx
+import scipy.sparse as sp
+
+from diffret_lib.retrieval.metrics import make_run
+from diffret_lib.retrieval.representations import Origin, Representations
+from diffret_lib.retrieval.search import (
+    RANK_MODES,
+    hybrid_search,
+    maxsim_search,
+    rank,
+    single_search,
+    sparse_search,
+    to_results,
+)
+
+
+def make(n: int, k: int, seed: int, h: int = 8, v: int = 40, least: int = 0) -> Representations:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(least, k + 1, n)
+    dense = rng.standard_normal((n, k, h)).astype(np.float32)
+    dense /= np.linalg.norm(dense, axis=2, keepdims=True)
+    dense[np.arange(k) >= lengths[:, None]] = 0
+    sparse = sp.csr_matrix(sp.random_array((n, v), density=0.15, rng=rng, dtype=np.float32))
+    return Representations(dense, lengths, sparse)
+
+
+def results(q: Representations, p: Representations, mode: str, top_k: int) -> dict[str, dict[str, float]]:
+    return to_results(*rank(q, p, mode, top_k), [str(i) for i in range(len(q))], [str(i) for i in range(len(p))])
+
+
+# -- the plain reference: loops over texts and vectors
+
+
+def plain_maxsim(q: Representations, p: Representations) -> np.ndarray:
+    out = np.zeros((len(q), len(p)))
+    for i in range(len(q)):
+        for j in range(len(p)):
+            for a in q.dense[i, : q.lengths[i]]:
+                products = [float(np.dot(a.astype(float), b.astype(float))) for b in p.dense[j, : p.lengths[j]]]
+                out[i, j] += max([0.0, *products])
+    return out
+
+
+def plain_mean(q: Representations, p: Representations) -> np.ndarray:
+    def mean(side, i):
+        vectors = side.dense[i, : side.lengths[i]].astype(float)
+        return vectors.mean(0) if len(vectors) else np.zeros(side.dense.shape[2])
+
+    return np.array([[mean(q, i) @ mean(p, j) for j in range(len(p))] for i in range(len(q))])
+
+
+def plain_sparse(q: Representations, p: Representations) -> np.ndarray:
+    return q.sparse.toarray().astype(float) @ p.sparse.toarray().astype(float).T
+
+
+def plain_top(scores: np.ndarray, top_k: int) -> list[list[int]]:
+    return [sorted(range(len(row)), key=lambda j: (-row[j], j))[:top_k] for row in scores]
+
+
+KINDS = [(maxsim_search, plain_maxsim), (single_search, plain_mean), (sparse_search, plain_sparse)]
+
+
+@pytest.mark.parametrize("block", [None, 1, 7, 100])
+@pytest.mark.parametrize(("kq", "kp"), [(1, 1), (3, 1), (1, 5), (4, 3)])
+@pytest.mark.parametrize(("fast", "plain"), KINDS)
+def test_against_plain_loops(fast, plain, kq, kp, block):
+    q, p = make(5, kq, 1), make(33, kp, 2)
+    expected = plain(q, p)
+    scores, indices = fast(q, p, 10, block)
+    assert scores.dtype == np.float32 and indices.dtype == np.int64 and scores.shape == indices.shape == (5, 10)
+    np.testing.assert_allclose(scores, np.take_along_axis(expected, indices, 1), atol=1e-5)
+    # the largest there are
+    np.testing.assert_allclose(scores, -np.sort(-expected, axis=1)[:, :10], atol=1e-5)
+    assert all(len(set(row)) == 10 for row in indices.tolist())
+
+
+def test_maxsim_by_hand():
+    # vectors of the plane; the second passage vector of p0 is missing, and -1 is clamped
+    q = Representations(np.array([[[1, 0], [0, 1]]], np.float32), np.array([2]))
+    p = Representations(
+        np.array([[[0.6, 0.8], [0, 0]], [[-1, 0], [0, -1]], [[1, 0], [0, 1]]], np.float32), np.array([1, 2, 2])
+    )
+    scores, indices = maxsim_search(q, p, 3)
+    assert indices.tolist() == [[2, 0, 1]]
+    np.testing.assert_allclose(scores, [[2.0, 1.4, 0.0]], atol=1e-6)
+
+
+def test_single_by_hand():
+    q = Representations(np.array([[[1, 0]], [[-1, 0]]], np.float32), np.array([1, 1]))
+    p = Representations(np.array([[[1, 0], [0, 1]], [[0.8, 0.6], [9, 9]]], np.float32), np.array([2, 1]))
+    scores, indices = single_search(q, p, 5)
+    assert indices.tolist() == [[1, 0], [0, 1]]  # not clamped, and [9, 9] does not count
+    np.testing.assert_allclose(scores, [[0.8, 0.5], [-0.5, -0.8]], atol=1e-6)
+
+
+def test_what_lies_after_the_lengths_is_not_read():
+    q, p = make(3, 4, 1), make(9, 4, 2)
+    dirty = Representations(p.dense.copy(), p.lengths, p.sparse)
+    dirty.dense[np.arange(4) >= p.lengths[:, None]] = 7
+    for fast in (maxsim_search, single_search):
+        np.testing.assert_array_equal(fast(q, p, 9)[0], fast(q, dirty, 9)[0])
+
+
+@pytest.mark.parametrize("block", [None, 3, 64])
+@pytest.mark.parametrize("top_k", [1, 5, 40, 200])
+def test_ties_go_to_the_lower_index(block, top_k):
+    # 200 passages of two kinds: the scores are equal bit for bit
+    kind = np.arange(200) % 7 == 0
+    dense = np.where(kind[:, None, None], np.float32([1, 0]), np.float32([0, 1]))
+    sparse = sp.csr_matrix(np.where(kind[:, None], np.float32([2, 0]), np.float32([0, 1])))
+    p = Representations(dense.astype(np.float32), np.ones(200, int), sparse)
+    q = Representations(np.float32([[[0.9, 0.1]], [[0, 1]]]), np.ones(2, int), sp.csr_matrix(np.float32([[1, 1], [0, 1]])))
+    for fast in (maxsim_search, single_search, sparse_search):
+        scores, indices = fast(q, p, top_k, block)
+        exact = (plain_sparse if fast is sparse_search else plain_mean)(q, p)
+        assert indices.tolist() == plain_top(exact.round(6), top_k)
+        assert scores.shape == (2, min(top_k, 200))
+
+
+def test_ties_at_the_cut_of_many():
+    # random passages, each nine times in random places: the cut always falls within a tie
+    rng = np.random.default_rng(0)
+    dense = rng.standard_normal((60, 1, 32)).astype(np.float32)[rng.permutation(np.repeat(np.arange(60), 9))]
+    p, q = (Representations(d, np.ones(len(d), int)) for d in (dense, rng.standard_normal((30, 1, 32)).astype(np.float32)))
+    exact = (q.dense[:, 0] @ p.dense[:, 0].T).astype(float)
+    for block in (None, 100):
+        assert single_search(q, p, 13, block)[1].tolist() == plain_top(exact.round(4), 13)
+
+
+@pytest.mark.parametrize(("fast", "plain"), KINDS)
+def test_more_than_there_are(fast, plain):
+    q, p = make(2, 2, 1), make(3, 2, 2)
+    scores, indices = fast(q, p, 100)
+    assert scores.shape == (2, 3) and sorted(indices[0]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("nq", "n"), [(0, 4), (2, 0), (0, 0)])
+@pytest.mark.parametrize(("fast", "plain"), KINDS)
+def test_none_at_all(fast, plain, nq, n):
+    scores, indices = fast(make(nq, 2, 1), make(n, 2, 2), 3)
+    assert scores.shape == indices.shape == (nq, 0)
+    for mode in RANK_MODES:
+        assert list(results(make(nq, 2, 1), make(n, 2, 2), mode, 3).values()) == [{}] * nq
+
+
+def test_shapes_that_do_not_fit():
+    q, p = make(2, 2, 1), make(3, 3, 2, h=9, v=41)
+    for fast in (maxsim_search, single_search):
+        with pytest.raises(ValueError, match=r"\(2, 2, 8\).*\(3, 3, 9\)"):
+            fast(q, p, 3)
+    with pytest.raises(ValueError, match=r"\(2, 40\).*\(3, 41\)"):
+        sparse_search(q, p, 3)
+    with pytest.raises(ValueError, match="the passages have no dense side"):
+        maxsim_search(q, Representations(None, p.lengths, p.sparse), 3)
+    with pytest.raises(ValueError, match="the queries have no sparse side"):
+        sparse_search(Representations(q.dense, q.lengths), p, 3)
+    with pytest.raises(ValueError, match="top_k must be a whole number"):
+        maxsim_search(q, make(3, 2, 1), 0)
+    with pytest.raises(ValueError, match="mode must be one of"):
+        rank(q, q, "fuzzy", 3)
+
+
+@pytest.mark.parametrize("bad", [True, "4", 2.0, None, 10**30, 0, -1])
+def test_numbers_that_are_none(bad):
+    for fast in (maxsim_search, single_search, sparse_search):
+        with pytest.raises(ValueError, match="top_k must be a whole number of 1 to"):
+            fast(make(2, 2, 1), make(3, 2, 2), bad)
+    with pytest.raises(ValueError, match="top_k must be a whole number of 1 to"):
+        rank(make(2, 2, 1), make(3, 2, 2), "hybrid", bad)
+
+
+def test_sides_that_do_not_belong_together():
+    def of(side: str, space: str, system: str = "A") -> Representations:
+        some = make(3, 1, 1)
+        return Representations(some.dense, some.lengths, some.sparse, Origin(system, side, space))
+
+    rank(of("query", "s"), of("passage", "s"), "dense"), rank(make(3, 1, 1), of("query", "s"), "dense")
+    for mode in RANK_MODES:
+        with pytest.raises(ValueError, match="queries were encoded on the passage side, the passages on the query side"):
+            rank(of("passage", "s"), of("query", "s"), mode)
+        with pytest.raises(ValueError, match="queries of A and passages of B cannot be compared"):
+            rank(of("query", "s"), of("passage", "t", "B"), mode)
+
+
+def test_not_finite_scores_are_told():
+    q, p = make(2, 2, 1), make(30, 2, 2, least=1)
+    p.dense[17, 0, 0] = np.nan
+    for fast in (maxsim_search, single_search):
+        with pytest.raises(ValueError, match=r"passages 10\.\.20 are not finite"):
+            fast(q, p, 3, 10)
+
+
+def test_memory_mapped_passages(tmp_path):
+    q, p = make(4, 3, 1), make(50, 3, 2)
+    p.save(tmp_path / "p")
+    mapped = Representations.load(tmp_path / "p")
+    for fast, _ in KINDS:
+        for a, b in zip(fast(q, p, 7), fast(q, mapped, 7, 8), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+# -- hybrid
+
+
+def plain_hybrid(dense: dict[int, float], sparse: dict[int, float]) -> dict[int, float]:
+    total: dict[int, float] = {}
+    for side in (dense, sparse):
+        low, high = min(side.values()), max(side.values())
+        for i, score in side.items():
+            total[i] = total.get(i, 0.0) + 0.5 * ((score - low) / (high - low) if high > low else 0.0)
+    return total
+
+
+def test_hybrid_by_hand():
+    dense = np.array([[3.0, 2.0, 1.0]]), np.array([[5, 1, 2]])
+    sparse = np.array([[10.0, 8.0, 0.0]]), np.array([[1, 7, 5]])
+    scores, indices = hybrid_search(dense, sparse, 10)
+    # 5: 1 and 0; 1: 0.5 and 1; 2: 0; 7: 0.8, each halved
+    assert indices.tolist() == [[1, 5, 7, 2]]
+    np.testing.assert_allclose(scores, [[0.75, 0.5, 0.4, 0.0]], atol=1e-6)
+    assert hybrid_search(dense, sparse, 2)[1].tolist() == [[1, 5]]
+
+
+def test_hybrid_of_equal_scores_and_ties():
+    constant = np.array([[4.0, 4.0]]), np.array([[3, 8]])
+    other = np.array([[2.0, 1.0]]), np.array([[6, 3]])
+    scores, indices = hybrid_search(constant, other, 10)
+    assert indices.tolist() == [[6, 3, 8]] and scores.tolist() == [[0.5, 0.0, 0.0]]
+
+
+def test_hybrid_with_an_empty_side():
+    none = np.zeros((2, 0)), np.zeros((2, 0), np.int64)
+    dense = np.array([[2.0, 1.0], [5.0, 5.0]]), np.array([[1, 0], [0, 1]])
+    scores, indices = hybrid_search(dense, none, 5)
+    assert indices.tolist() == [[1, 0], [0, 1]] and scores.tolist() == [[0.5, 0.0], [0.0, 0.0]]
+
+
+def test_hybrid_search_is_the_plain_rule():
+    q, p = make(6, 2, 1), make(40, 3, 2)
+    run = results(q, p, "hybrid", 12)
+    dense, sparse = maxsim_search(q, p, 12), sparse_search(q, p, 12)
+    sides = [
+        {str(i): dict(zip(map(str, ids), row, strict=True)) for i, (ids, row) in enumerate(zip(s[1], s[0].astype(float)))}
+        for s in (dense, sparse)
+    ]
+    for query, found in run.items():
+        expected = plain_hybrid(sides[0][query], sides[1][query])
+        assert len(found) == 12
+        for passage, score in found.items():
+            assert score == pytest.approx(expected[passage], abs=1e-6)
+        left = [expected[i] for i in expected if i not in found]
+        assert max(left) <= min(found.values()) + 1e-6
+
+
+def test_hybrid_search_is_what_ranx_fuses():
+    q, p = make(6, 2, 1), make(40, 3, 2)
+    ids = [str(i) for i in range(6)], [f"{i:02d}" for i in range(40)]
+    sides = [ranx.Run(to_results(*fast(q, p, 12), *ids)) for fast in (maxsim_search, sparse_search)]
+    fused = ranx.fuse(runs=sides, norm="min-max", method="wsum", params={"weights": [0.5, 0.5]}).to_dict()
+    for query, found in to_results(*rank(q, p, "hybrid", 40, 12), *ids).items():
+        assert found == pytest.approx(fused[query], abs=1e-6)
+
+
+# -- runs
+
+
+def test_dense_is_a_dot_product_for_one_vector_and_maxsim_for_more():
+    q, p = make(3, 1, 1, least=1), make(20, 1, 2, least=1)
+    run = results(q, p, "dense", 20)
+    expected = plain_mean(q, p)
+    assert min(run["0"].values()) < 0  # not clamped
+    assert run["0"]["3"] == pytest.approx(expected[0, 3], abs=1e-6)
+    many = make(20, 2, 2, least=1)
+    assert results(q, many, "dense", 20)["1"]["4"] == pytest.approx(plain_maxsim(q, many)[1, 4], abs=1e-6)
+    assert results(q, many, "mean", 20)["1"]["4"] == pytest.approx(plain_mean(q, many)[1, 4], abs=1e-6)
+
+
+def test_a_sparse_run_leaves_out_what_shares_no_term():
+    q = Representations(None, np.zeros(2, int), sp.csr_matrix(np.float32([[1, 0, 0], [0, 0, 0]])))
+    p = Representations(None, np.zeros(3, int), sp.csr_matrix(np.float32([[0, 1, 0], [2, 0, 0], [3, 1, 0]])))
+    run = to_results(*rank(q, p, "sparse", 3), ["a", "b"], ["x", "y", "z"])
+    assert run == {"a": {"z": 3.0, "y": 2.0}, "b": {}}
+
+
+def test_a_run_keeps_the_order_of_ties():
+    n = 300  # enough for an unstable sort to show
+    scores = np.zeros((1, n))
+    scores[0, :100] = 0.25
+    indices = np.arange(n)[None]
+    run = make_run(to_results(scores, indices, ["q"], [f"p{i}" for i in range(n)]))
+    assert list(run.run["q"]) == [f"p{i}" for i in range(n)]
+    again = make_run({"q": dict(reversed(run.to_dict()["q"].items()))})
+    assert list(again.run["q"]) == [f"p{i}" for i in range(n)]
+    assert np.allclose(list(run.run["q"].values()), scores[0], atol=1e-12)
+
+
+def test_to_results_checks():
+    with pytest.raises(ValueError, match="do not fit"):
+        to_results(np.zeros((2, 1)), np.zeros((2, 1), int), ["a"], ["x"])
+    with pytest.raises(ValueError, match="passage index 4, but there are 2"):
+        to_results(np.zeros((1, 1)), np.full((1, 1), 4), ["a"], ["x", "y"])
+    with pytest.raises(ValueError, match="descending"):
+        to_results(np.array([[1.0, 2.0]]), np.array([[0, 1]]), ["a"], ["x", "y"])
+    with pytest.raises(ValueError, match="unique"):
+        to_results(np.zeros((2, 1)), np.zeros((2, 1), int), ["a", "a"], ["x"])
+    with pytest.raises(ValueError, match="passage ids must be unique"):
+        to_results(np.zeros((1, 1)), np.zeros((1, 1), int), ["a"], ["x", "x"])
+    assert len(make_run({}).run) == 0
+    found = to_results(np.array([[2.0, 1.0, 0.0]]), np.array([[1, 0, -1]]), ["a"], ["x", "y" * 40])
+    assert found == {"a": {"y" * 40: 2.0, "x": 1.0}} and list(found["a"]) == ["y" * 40, "x"]
+    assert make_run(found, "n").to_dict() == found
