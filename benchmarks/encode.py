@@ -43,9 +43,6 @@ SINGLE, MULTI, EMBED = "PromptReps single", "PromptReps multi", "DiffEmbed"
 Row = tuple[str, int | None]
 
 
-# -- the naive way ---------------------------------------------------------------------------------------
-
-
 def encode_naively(retriever: DiffRetriever, texts: Sequence[str], batch_size: int) -> Representations:
     """Encode passages as one would write it first; the same result as :meth:`DiffRetriever.encode_passages`.
 
@@ -77,10 +74,7 @@ def encode_naively(retriever: DiffRetriever, texts: Sequence[str], batch_size: i
 def agreement(ours: Representations, naive: Representations) -> tuple[float, float]:
     """Smallest cosine of two vectors of the same text and position, and the largest difference of two weights.
 
-    Raises
-    ------
-    ValueError
-        When a text has another number of vectors in one than in the other.
+    ValueError when a text has another number of vectors in one than in the other.
     """
     if ours.dense.shape != naive.dense.shape or not np.array_equal(ours.lengths, naive.lengths):
         raise ValueError("the naive way gives another number of vectors than encode_passages: it is not the same work")
@@ -90,18 +84,9 @@ def agreement(ours: Representations, naive: Representations) -> tuple[float, flo
     return float(cosines.min(initial=1.0)), float(weights.max() if weights.nnz else 0.0)
 
 
-# -- the bound -------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class MatrixProducts:
-    """The products of all linear layers, head included, that one encoding calls, in the order of the calls.
-
-    Parameters
-    ----------
-    calls : list of (Linear, int)
-        The layer, and the rows of its input.
-    """
+    """Products of all linear layers, head included, that one encoding calls: each layer, and the rows of its input."""
 
     calls: list[tuple[nn.Linear, int]]
 
@@ -141,9 +126,6 @@ class MatrixProducts:
                 F.linear(inputs[layer.in_features][:rows], layer.weight, layer.bias)
 
 
-# -- measuring -------------------------------------------------------------------------------------------
-
-
 def reference(row: Row, ks: Sequence[int]) -> Row:
     """Row that a system's time is divided by."""
     system, k = row
@@ -157,20 +139,9 @@ def reference(row: Row, ks: Sequence[int]) -> Row:
 def summarise(times: dict[Row, list[float]], passages: int, flop: dict[Row, int], ks: Sequence[int]) -> pd.DataFrame:
     """Medians and quartiles over the rounds; a ratio is taken within each round first.
 
-    Parameters
-    ----------
-    times : dict
-        Seconds of each round, by system and K.
-    passages : int
-    flop : dict
-        Operations in the matrix products of the systems for which they were counted.
-    ks : sequence of int
-
-    Returns
-    -------
-    DataFrame
-        ``system``, ``k``, ``seconds``, ``passages_per_second``, ``time_ratio`` (this row's seconds over those of
-        the row that ``relative_to`` names) with ``_q1`` and ``_q3``, and ``gflop_per_second`` (matrix products).
+    ``times`` are seconds by system and K, ``flop`` the operations in the matrix products where they were counted.
+    Columns system, k, seconds, passages_per_second, time_ratio (this row's seconds over those of the row that
+    relative_to names), each with _q1 and _q3, and gflop_per_second (matrix products).
     """
     rows = []
     for row, values in times.items():
@@ -191,44 +162,20 @@ def summarise(times: dict[Row, list[float]], passages: int, flop: dict[Row, int]
 
 
 def benchmark(
-    diffusion: LoadedBackbone,
-    parent: LoadedBackbone,
-    texts: Sequence[str],
-    ks: Sequence[int] = K_GRID,
-    rounds: int = 3,
-    naive_batch: int = 16,
-    **options: int,
-) -> pd.DataFrame:
+    diffusion: LoadedBackbone, parent: LoadedBackbone, texts: Sequence[str], ks: Sequence[int] = K_GRID,
+    rounds: int = 3, naive_batch: int = 16, **options: int,
+) -> pd.DataFrame:  # fmt: skip
     """Encode the same passages with every system, in one process.
 
-    Parameters
-    ----------
-    diffusion, parent : LoadedBackbone
-        For DiffRetriever and DiffEmbed, and for PromptReps.
-    texts : sequence of str
-        Equal ones count once, as an encoding reads them once.
-    ks : sequence of int
-        Masks of a passage.  The naive way and the bound are measured at the smallest and at the largest.
-    rounds : int
-    naive_batch : int
-        Texts of one batch of the naive way.
-    **options
-        ``max_passage_tokens`` and ``batch_tokens`` of the retrievers.
+    Equal texts count once, as an encoding reads them once.  ``ks`` are masks of a passage; the naive way (in batches of
+    ``naive_batch`` texts) and the bound are measured at the smallest and at the largest.  ``options`` are
+    ``max_passage_tokens`` and ``batch_tokens`` of the retrievers.
 
-    Returns
-    -------
-    DataFrame
-        That of :func:`summarise`, with ``vectors`` (mean number of vectors of a passage), ``min_cosine`` and
-        ``max_weight_difference`` (naive rows: from what ``encode_passages`` gives).
-
-    Raises
-    ------
-    ValueError
-        When the naive way does not give the same vectors.
+    The table of :func:`summarise`, with vectors (mean number of vectors of a passage), min_cosine and
+    max_weight_difference (naive rows: from what ``encode_passages`` gives).  ValueError when the naive way does not
+    give the same vectors.
     """
     texts, ks = list(dict.fromkeys(texts)), sorted(set(ks))
-    if not texts or not ks or rounds < 1 or naive_batch < 1:
-        raise ValueError("there must be at least one passage, one K, one round, and one text in a naive batch")
     ours = {k: DiffRetriever(diffusion, k_passage=k, **options) for k in ks}
     baselines: dict[str, Retriever] = {
         SINGLE: PromptReps(parent, **options),
@@ -249,19 +196,16 @@ def benchmark(
         found[row] = {"vectors": result[0].lengths.mean()}
         return result[0], products
 
-    with tqdm(total=len(ks) + len(baselines), desc="warm-up", unit="system") as bar:
-        for k in ks:
-            expected, products = first((OURS, k), ours[k])
-            if k in (ks[0], ks[-1]):
-                systems[NAIVE, k] = partial(encode_naively, ours[k], texts, naive_batch)
-                found[NAIVE, k] = _checked(expected, systems[NAIVE, k](), ours[k].backbone.dtype, k)
-                systems[BOUND, k] = partial(products.replay, products.inputs())
-                flop[BOUND, k] = products.flop
-                systems[BOUND, k]()
-            bar.update()
-        for name, retriever in baselines.items():
-            first((name, NEW_TOKENS if name == MULTI else None), retriever)
-            bar.update()
+    for k in tqdm(ks, desc="warm-up: K", unit="system"):
+        expected, products = first((OURS, k), ours[k])
+        if k in (ks[0], ks[-1]):
+            systems[NAIVE, k] = partial(encode_naively, ours[k], texts, naive_batch)
+            found[NAIVE, k] = _checked(expected, systems[NAIVE, k](), ours[k].backbone.dtype, k)
+            systems[BOUND, k] = partial(products.replay, products.inputs())
+            flop[BOUND, k] = products.flop
+            systems[BOUND, k]()
+    for name, retriever in tqdm(baselines.items(), desc="warm-up: baselines", unit="system"):
+        first((name, NEW_TOKENS if name == MULTI else None), retriever)
 
     table = summarise(interleaved(systems, rounds, diffusion.device, "encoding", warm_up=False), len(texts), flop, ks)
     more = pd.DataFrame([found.get(row, {}) for row in systems])
@@ -280,9 +224,6 @@ def _checked(ours: Representations, naive: Representations, dtype: torch.dtype, 
     return {"vectors": naive.lengths.mean(), "min_cosine": cosine, "max_weight_difference": difference}
 
 
-# -- the command -----------------------------------------------------------------------------------------
-
-
 def printed(table: pd.DataFrame) -> str:
     """The table for people: median [quartiles]."""
 
@@ -293,18 +234,12 @@ def printed(table: pd.DataFrame) -> str:
     def optional(name: str, form: str) -> list[str]:
         return ["" if pd.isna(v) else format(v, form) for v in table[name]]
 
-    return pd.DataFrame(
-        {
-            "system": table["system"],
-            "K or N": optional("k", "d"),
-            "vectors": optional("vectors", ".1f"),
-            "passages/s": spread("passages_per_second", 2),
-            "time ratio": spread("time_ratio", 3),
-            "to": table["relative_to"],
-            "GFLOP/s": optional("gflop_per_second", ".0f"),
-            "min cosine": optional("min_cosine", ".6f"),
-        }
-    ).to_string(index=False)
+    return pd.DataFrame({
+        "system": table["system"], "K or N": optional("k", "d"), "vectors": optional("vectors", ".1f"),
+        "passages/s": spread("passages_per_second", 2), "time ratio": spread("time_ratio", 3),
+        "to": table["relative_to"], "GFLOP/s": optional("gflop_per_second", ".0f"),
+        "min cosine": optional("min_cosine", ".6f"),
+    }).to_string(index=False)  # fmt: skip
 
 
 def machine(backbone: LoadedBackbone) -> dict[str, str | int]:

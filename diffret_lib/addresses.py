@@ -1,9 +1,8 @@
 """Content addresses: what a result depends on, as one SHA-256.
 
 An address covers the settings, the inputs, the code that computes the result and the versions of the libraries that
-can change a number.  The code is covered by its syntax tree: :func:`code_fingerprint` starts at the functions or
-classes that it is given and follows every name that they use through this package.  A changed line gives another
-address; a changed comment or docstring does not.
+can change a number.  The code is the syntax trees of functions and classes, and of every name that they use in this
+package: a changed line gives another address, a changed comment or docstring does not.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +23,17 @@ from diffret_lib.environment import NUMERIC_PACKAGES, versions
 
 #: Modules that move results about and compute none.
 PLUMBING = ("cache", "addresses", "environment")
+DEFINING = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+Definitions = dict[str, list[ast.AST]]
+Imports = dict[str, tuple[str, str | None]]
+_VERSIONS = versions(NUMERIC_PACKAGES)
 
 
 def fingerprint(*parts: Any) -> str:
     """SHA-256 (hex) of the parts as canonical JSON.
 
-    Parameters
-    ----------
-    *parts : str, bytes, int, float, bool, None, or lists, tuples and dicts (str keys) of them
-        The order of a dict's keys does not matter; a list and the tuple of the same items are the same.
-
-    Raises
-    ------
-    TypeError
-        For anything else: the same content must give the same fingerprint in every process.
-    ValueError
-        For a float that is not finite.
+    They are str, bytes, numbers, bool, None, or lists, tuples and dicts (str keys, in any order) of them: a TypeError
+    refuses anything else, a ValueError a float that is not finite.  A list is the same as the tuple of its items.
     """
     text = json.dumps([_plain(part) for part in parts], sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
@@ -55,9 +49,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"fingerprint takes dicts with str keys; {key!r} is a {type(key).__name__}")
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"fingerprint takes dicts with str keys, not {list(value)}")
         return {key: _plain(item) for key, item in value.items()}
     raise TypeError(f"fingerprint takes str, bytes, numbers, None, lists and dicts, not a {type(value).__name__}")
 
@@ -65,37 +58,14 @@ def _plain(value: Any) -> Any:
 def address(code: Sequence[Callable[..., Any]], *parts: Any) -> str:
     """Address of what ``code`` computes from ``parts``.
 
-    Parameters
-    ----------
-    code : sequence of functions and classes
-        Everything that computes the result and is not named by one of the others.
-    *parts
-        Settings and fingerprints of the inputs, as :func:`fingerprint` takes them.
+    ``code`` holds the functions and classes that compute the result and are not named by one of the others, ``parts``
+    the settings and the fingerprints of the inputs, as :func:`fingerprint` takes them.
     """
-    return fingerprint(code_fingerprint(*code), _library_versions(), *parts)
-
-
-@cache
-def _library_versions() -> dict[str, str | None]:
-    return versions(NUMERIC_PACKAGES)
-
-
-@lru_cache(maxsize=512)
-def code_fingerprint(*code: Callable[..., Any]) -> str:
-    """SHA-256 (hex) over the syntax trees of functions and classes, and of everything of this package they use."""
-    return _THIS_PACKAGE.fingerprint(code)
+    return fingerprint(code_fingerprint(tuple(code)), _VERSIONS, *parts)
 
 
 class SourceTree:
-    """The source of a package, as it is when this object is made.
-
-    Parameters
-    ----------
-    root : Path
-        Folder of the package.
-    package : str
-        Its import name.
-    """
+    """The source of a package (its folder and its import name), as it is when this object is made."""
 
     def __init__(self, root: Path, package: str = "diffret_lib") -> None:
         self.package, self._sources = package, {}
@@ -104,14 +74,13 @@ class SourceTree:
             name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             self._sources[name] = path.read_text(encoding="utf-8")
         self._plumbing = {f"{package}.{name}" for name in PLUMBING}
-        self._parsed: dict[str, tuple[dict[str, list[ast.AST]], dict[str, tuple[str, str | None]]]] = {}
+        self._parsed: dict[str, tuple[Definitions, Imports]] = {}
 
     def everything(self) -> str:
         """SHA-256 (hex) of the whole package, comments and docstrings aside."""
-        trees = {name: ast.dump(_without_docstrings(ast.parse(text))) for name, text in self._sources.items()}
-        return fingerprint(trees)
+        return fingerprint({name: ast.dump(_tree(text)) for name, text in self._sources.items()})
 
-    def fingerprint(self, code: Iterable[Callable[..., Any]] | Iterable[tuple[str, str]]) -> str:
+    def fingerprint(self, code: Iterable[Callable[..., Any] | tuple[str, str]]) -> str:
         """SHA-256 (hex) of the code reached from objects, or from pairs of module and name."""
         reached: dict[tuple[str, str], list[str]] = {}
         waiting: list[tuple[str, str]] = []
@@ -122,8 +91,7 @@ class SourceTree:
             for part in inspect.getmro(item) if inspect.isclass(item) else (item,):
                 place = part.__module__, part.__qualname__.partition(".")[0]
                 if part is item and place[0] not in self._sources:  # of a notebook or a test
-                    tree = ast.parse(textwrap.dedent(inspect.getsource(item)))
-                    reached[place] = [ast.dump(_without_docstrings(tree))]
+                    reached[place] = [ast.dump(_tree(textwrap.dedent(inspect.getsource(item))))]
                 elif place[0] in self._sources:
                     waiting.append(place)
         while waiting:
@@ -144,9 +112,7 @@ class SourceTree:
 
     def _resolve(self, module: str, name: str) -> tuple[str, str] | None:
         """Where a name that a module uses is defined in this package; None when it is not, or in plumbing."""
-        seen = set()
-        while module in self._sources and module not in self._plumbing and (module, name) not in seen:
-            seen.add((module, name))
+        while module in self._sources and module not in self._plumbing:
             definitions, imports = self._module(module)
             if name in definitions:
                 return module, name
@@ -156,13 +122,11 @@ class SourceTree:
             module, name = target
         return None
 
-    def _module(self, module: str) -> tuple[dict[str, list[ast.AST]], dict[str, tuple[str, str | None]]]:
+    def _module(self, module: str) -> tuple[Definitions, Imports]:
         """Top-level definitions of a module, and what it imports from this package (None: a whole module)."""
         if module in self._parsed:
             return self._parsed[module]
-        tree = _without_docstrings(ast.parse(self._sources[module]))
-        definitions: dict[str, list[ast.AST]] = {}
-        imports: dict[str, tuple[str, str | None]] = {}
+        tree, definitions, imports = _tree(self._sources[module]), {}, {}
         for node in tree.body:
             if not isinstance(node, ast.Import | ast.ImportFrom):
                 for name in _bound(node):
@@ -179,11 +143,11 @@ class SourceTree:
 
 def _bound(statement: ast.stmt) -> set[str]:
     """Names that a top-level statement defines, or puts something into."""
-    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+    if isinstance(statement, DEFINING):
         return {statement.name}
     names = set()
     for node in ast.walk(statement):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):  # under an `if` or a `try`
+        if isinstance(node, DEFINING):  # under an `if` or a `try`
             names.add(node.name)
         elif isinstance(node, ast.Name | ast.Subscript | ast.Attribute) and isinstance(node.ctx, ast.Store):
             while isinstance(node, ast.Subscript | ast.Attribute):
@@ -193,14 +157,14 @@ def _bound(statement: ast.stmt) -> set[str]:
     return names
 
 
-def _without_docstrings(tree: ast.AST) -> Any:
+def _tree(text: str) -> ast.Module:
+    """Syntax tree without docstrings."""
+    tree = ast.parse(text)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            text = first.value if isinstance(first, ast.Expr) else None
-            if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.Module | DEFINING) and node.body and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
     return tree
 
 
-_THIS_PACKAGE = SourceTree(Path(__file__).resolve().parent)
+#: SHA-256 (hex) of a tuple of functions and classes, and of all that they use of this package.
+code_fingerprint = lru_cache(maxsize=512)(SourceTree(Path(__file__).resolve().parent).fingerprint)

@@ -2,10 +2,7 @@
 
 An entry is ``<cache>/<kind>/<address>/``: files, and a ``manifest.json`` with the size and SHA-256 of each.  It is
 written under another name and renamed, by one process at a time.  Reading verifies it: small files every time, large
-ones once a process.  An entry that is damaged or incomplete is said in one line, and made again.
-
->>> folder = fetch("encodings", address([encode], texts), lambda folder: encode(texts).save(folder))  # doctest: +SKIP
->>> value = remember("statistics", address([statistics], texts), lambda: statistics(texts))           # doctest: +SKIP
+ones once a process.  A damaged entry is said in one line, and made again.
 """
 
 from __future__ import annotations
@@ -25,15 +22,13 @@ from typing import Any
 
 import platformdirs
 import psutil
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 #: Files up to this size (bytes) are verified at every reading, larger ones once a process.
 SMALL_FILE = 1 << 20
-#: With less disk space than this (bytes) left, an error that says nothing of the disk is taken for a full one.
-FULL_DISK = 1 << 20
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
 _verified: set[tuple[Path, int, int]] = set()
@@ -44,11 +39,7 @@ class StorageError(RuntimeError):
 
 
 def cache_dir() -> Path:
-    """Folder of everything that can be computed or fetched again.
-
-    ``DIFFRET_CACHE`` names it, a relative one from the checkout (so that it is one folder wherever a notebook runs);
-    otherwise it is ``diffret`` in the user's cache folder.  It is not created.
-    """
+    """``DIFFRET_CACHE``, a relative one from the checkout wherever a notebook runs, or the user's cache folder."""
     named = os.environ.get("DIFFRET_CACHE")
     if not named:
         return Path(platformdirs.user_cache_path("diffret"))
@@ -59,27 +50,16 @@ def cache_dir() -> Path:
 def fetch(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     """Folder of an entry; made when it is not there, or not whole.
 
-    Parameters
-    ----------
-    kind : str
-        A folder of the cache, such as ``"encodings"``.
-    key : str
-        The address (:func:`diffret_lib.addresses.address`).
-    make : callable
-        Writes the entry's files into the empty folder that it is given.  Another process that wants the same entry
-        waits for it.
-
-    Raises
-    ------
-    StorageError
-        When the disk is full, or the folder cannot be written.
+    ``kind`` is a folder of the cache, such as ``"encodings"``, ``key`` the address.  ``make`` writes the entry's files
+    into the empty folder that it is given; another process that wants the same entry waits.  A StorageError says that
+    the disk is full, or the folder cannot be written.
     """
     folder = cache_dir() / kind / key
     if is_sealed(folder):
         return folder
     with explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
             if folder.exists():  # another process made it meanwhile, or it is damaged
                 fault = _fault(folder)
                 if fault is None:
@@ -94,30 +74,8 @@ def fetch(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        logger.warning("another process makes %s: waiting for it", folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def remember(kind: str, key: str, compute: Callable[[], Any]) -> Any:
-    """Return ``compute()``, from the cache from the second time on.
-
-    Parameters
-    ----------
-    kind, key : str
-        As for :func:`fetch`.
-    compute : callable
-        Returns what JSON can hold.
-    """
+    """Return ``compute()``, which JSON must be able to hold; from the second time on it comes from the cache."""
 
     def make(folder: Path) -> None:
         (folder / "value.json").write_text(json.dumps(compute()), encoding="utf-8")
@@ -132,9 +90,9 @@ def work_folder(kind: str, key: str) -> Path:
 
 def seal(folder: Path) -> None:
     """Write the manifest of a folder whose files are all there."""
-    files = {p.relative_to(folder).as_posix(): [p.stat().st_size, file_sha256(p)] for p in _files(folder)}
-    with atomic_path(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps({"files": files}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    paths = (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = {p.relative_to(folder).as_posix(): [p.stat().st_size, file_sha256(p)] for p in paths}
+    write_text(folder / MANIFEST, json.dumps({"files": files}, indent=1, sort_keys=True) + "\n")
 
 
 def is_sealed(folder: Path) -> bool:
@@ -142,15 +100,10 @@ def is_sealed(folder: Path) -> bool:
     return folder.is_dir() and _fault(folder) is None
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-
-
 def _fault(folder: Path) -> str | None:
     """What is wrong with an entry, or None."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].items()
-        for name, (size, sha256) in manifest:
+        for name, (size, sha256) in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].items():
             stat = (folder / name).stat()
             if stat.st_size != size:
                 return f"{name} has {stat.st_size} bytes, not {size}"
@@ -176,26 +129,11 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write a file or folder atomically.
+    """Give a name in the folder of ``path`` (made if need be), with its suffix, for a file or a folder.
 
-    Parameters
-    ----------
-    path : path
-        What is to be written.  Its parent folder is created.
-
-    Yields
-    ------
-    Path
-        A name in the same folder (same suffix, nothing there yet).  Write a file or make a folder of that
-        name.  It is renamed to ``path`` when the block ends, replacing what is there, and removed when the
-        block raises.
-
-    Raises
-    ------
-    FileNotFoundError
-        When the block ends without having written anything.
-    StorageError
-        When the disk is full, or the folder cannot be written.
+    It is renamed to ``path`` when the block ends, replacing what is there, and removed when the block raises.  A
+    StorageError says that the disk is full, or the folder cannot be written; a FileNotFoundError, that the block has
+    written nothing.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
@@ -209,10 +147,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.replace(path, old)
                 os.replace(temporary, path)
                 shutil.rmtree(old, ignore_errors=True)
-            elif temporary.exists():
-                os.replace(temporary, path)
             else:
-                raise FileNotFoundError(f"nothing was written to {temporary}, so there is no {path}")
+                os.replace(temporary, path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -242,23 +178,17 @@ def explained(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except Exception as error:
-        named = Path(error.filename) if isinstance(error, OSError) and isinstance(error.filename, str) else path
-        number = error.errno if isinstance(error, OSError) else None
-        place = next((p for p in (path, *path.parents) if os.path.exists(p)), Path("/"))
+        number, named = getattr(error, "errno", None), Path(str(getattr(error, "filename", None) or path))
+        ours = path.parent in named.parents or named in (path, *path.parents)  # not a file that is read meanwhile
+        place = next(p for p in (path, *path.parents) if os.path.exists(p))
         free = shutil.disk_usage(place).free
-        if number in (errno.ENOSPC, errno.EDQUOT) or free < FULL_DISK:
-            raise StorageError(
-                f"{path}: the disk is full ({free / 1e6:.1f} MB free); make room, or set DIFFRET_CACHE (cache) or "
-                "results_root (results) to a folder on another disk, and run again"
-            ) from error
-        # not of another file, which is read meanwhile
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS) and (
-            path.parent in named.parents or named in (path, *path.parents)
-        ):
-            raise StorageError(
-                f"{path}: cannot be written ({error.strerror}); set DIFFRET_CACHE (cache) or results_root (results) "
-                "to a folder of yours"
-            ) from error
-        if number in (errno.ENOTDIR, errno.EEXIST) and not place.is_dir():
-            raise StorageError(f"{path}: {place} is a file, and a folder is needed; remove or rename it") from error
-        raise
+        way_out = "set DIFFRET_CACHE (cache) or results_root (results) to a folder"
+        if number in (errno.ENOSPC, errno.EDQUOT) or free < 1 << 20:  # libraries tell of a full disk in their own ways
+            message = f"the disk is full ({free / 1e6:.1f} MB free); make room, or {way_out} on another disk"
+        elif number in (errno.EACCES, errno.EPERM, errno.EROFS) and ours:
+            message = f"cannot be written ({error.strerror}); {way_out} of yours"
+        elif number in (errno.ENOTDIR, errno.EEXIST) and not place.is_dir():
+            message = f"{place} is a file, and a folder is needed; remove or rename it"
+        else:
+            raise
+        raise StorageError(f"{path}: {message}") from error

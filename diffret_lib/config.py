@@ -1,9 +1,8 @@
 """Profiles: what one run of the notebooks covers, as validated YAML files.
 
-A profile names the backbones, the collections and how much of them is searched, the grid of numbers of masks and the
-sizes of everything that costs time.  A file of ``notebooks/profiles/`` holds it under the key ``profile``, which is a
-parameter of every notebook: ``papermill notebook.ipynb out.ipynb -f notebooks/profiles/smoke.yml`` gives it along, and
-``profile = "smoke"`` in JupyterLab reads the same file.
+A file of ``notebooks/profiles/`` holds a profile under the key ``profile``, which is a parameter of every notebook:
+``papermill notebook.ipynb out.ipynb -f notebooks/profiles/smoke.yml`` gives it along, and ``profile = "smoke"`` in
+JupyterLab reads the same file.
 
 >>> load_profile("smoke").k_grid
 [1, 4]
@@ -23,7 +22,6 @@ from diffret_lib.addresses import fingerprint
 
 #: The checkout, or the folder above the installed package.
 CHECKOUT = Path(__file__).resolve().parents[1]
-#: Folder of the profiles that come with the project.
 PROFILES_DIR = CHECKOUT / "notebooks" / "profiles"
 #: Numbers of masks that a grid may hold (the paper's).
 K_GRID = (1, 2, 4, 8, 16)
@@ -34,7 +32,6 @@ PACKAGES = {
 }  # fmt: skip
 #: The package that is split into training, development and test collection.
 SPLIT_PACKAGE, SPLITS = "pandas", ("train", "dev", "test")
-#: Names of the docstring collections.
 PYDOCS = (
     *(f"pydocs/{SPLIT_PACKAGE}{split}" for split in ("", *(f"-{name}" for name in SPLITS))),
     *(f"pydocs/{package}" for package in PACKAGES if package != SPLIT_PACKAGE),
@@ -85,10 +82,9 @@ class Adaptation(_Model):
 class Training(_Model):
     """The contrastive fine-tuning of notebook 03, the same for every system.
 
-    ``sample`` is what is trained on of the training collection, and where negatives are mined.  A step has
-    ``batch_size`` queries with ``negatives`` hard negatives each; with fewer texts in a forward pass (``mini_batch``)
-    than a step has, gradients are cached.  nDCG@10 on ``development`` is measured every ``evaluate_every`` steps, and
-    training stops after ``patience`` measurements without a gain.
+    ``sample`` of the training collection is trained on, and negatives are mined there.  A step has ``batch_size``
+    queries with ``negatives`` hard negatives each, and ``mini_batch`` texts in a forward pass.  nDCG@10 on
+    ``development`` is measured every ``evaluate_every`` steps; training stops after ``patience`` without a gain.
     """
 
     sample: Sample
@@ -108,8 +104,7 @@ class Efficiency(_Model):
 
     ``counts`` are numbers of masks or decoded tokens, ``text_tokens`` and ``batch_sizes`` what is encoded in a call,
     ``index_sizes`` vectors of the searched indexes.  ``repeats`` are the timed calls behind every median,
-    ``query_repeats`` those of a query against its number of vectors, on which claim 4 rests: fewer than six give no
-    interval.
+    ``query_repeats`` those behind claim 4: fewer than six give no interval.
     """
 
     counts: Counts
@@ -156,13 +151,6 @@ class Profile(_Model):
     training: Training
     efficiency: Efficiency
 
-    @field_validator("test_collections")
-    @classmethod
-    def _unique(cls, values: list[str]) -> list[str]:
-        if repeated := sorted({value for value in values if values.count(value) > 1}):
-            raise ValueError(f"{', '.join(repeated)} is listed more than once")
-        return values
-
     @field_validator("k_grid")
     @classmethod
     def _in_grid(cls, values: list[int]) -> list[int]:
@@ -181,13 +169,12 @@ def load_profile(profile: str | Path | Mapping[str, Any] | Profile, collection: 
 
     Parameters
     ----------
-    profile : str, Path, mapping or Profile
+    profile
         The name of a file in ``notebooks/profiles/`` (``"embedded"``), the path of any such file (ending in ``.yml`` or
         ``.yaml``), or the content of its key ``profile``.
-    collection : str or Path, optional
-        One more test collection: a BEIR folder (``"path"`` or ``"path:split"``; a relative one is looked for in the
-        current folder and then in the checkout) or a ``pydocs/`` name.  One that is in the profile already is not
-        added again.  Empty text counts as none.
+    collection
+        One more test collection, if the profile has it not yet: a BEIR folder (``"path"`` or ``"path:split"``, from the
+        current folder or the checkout) or a ``pydocs/`` name.  Empty text counts as none.
 
     Raises
     ------
@@ -196,15 +183,14 @@ def load_profile(profile: str | Path | Mapping[str, Any] | Profile, collection: 
         has a value that is not allowed; every wrong key is named.
     """
     if not isinstance(profile, Profile):
-        if isinstance(profile, Mapping):
-            where, content = "profile", dict(profile)
-        else:
-            where = _find(profile)
-            content = _read(where)
+        where = "profile" if isinstance(profile, Mapping) else _find(profile)
         try:
-            profile = Profile.model_validate(content)
+            profile = Profile.model_validate(profile if isinstance(profile, Mapping) else _read(where))
         except ValidationError as error:
-            lines = [f"{where}: {'.'.join(map(str, e['loc']))}: {_said(e)}" for e in error.errors(include_url=False)]
+            lines, known = [], {"missing": "the key is missing", "extra_forbidden": "unknown key"}
+            for e in error.errors(include_url=False):
+                said = known.get(e["type"]) or f"{e['msg'].removeprefix('Value error, ')} (got {e['input']!r})"
+                lines.append(f"{where}: {'.'.join(map(str, e['loc']))}: {said}")
             raise ProfileError("\n".join(lines)) from None
         if isinstance(where, Path) and profile.name != where.stem:
             raise ProfileError(f"{where}: name: {profile.name!r} must be {where.stem!r}, the file's name")
@@ -214,28 +200,18 @@ def load_profile(profile: str | Path | Mapping[str, Any] | Profile, collection: 
     return profile.model_copy(update={"test_collections": [*profile.test_collections, collection]})
 
 
-def _said(error: Mapping[str, Any]) -> str:
-    if error["type"] in ("missing", "extra_forbidden"):
-        return "the key is missing" if error["type"] == "missing" else "unknown key"
-    return f"{error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
-
-
 def slug(name: str) -> str:
     """A name for files: lower case, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", Path(name).name.lower()).strip("-")
 
 
-def profile_names() -> list[str]:
-    """Names of the profiles that come with the project, sorted."""
-    return sorted(path.stem for path in PROFILES_DIR.glob("*.yml"))
-
-
 def _find(profile: str | Path) -> Path:
     path = Path(profile)
     found = path if path.suffix in (".yml", ".yaml") else PROFILES_DIR / f"{profile}.yml"
-    if not found.is_file() or (found is not path and path.name != str(profile)):
+    names = sorted(path.stem for path in PROFILES_DIR.glob("*.yml"))
+    if not found.is_file() or (found is not path and str(profile) not in names):
         raise ProfileError(
-            f"there is no profile {str(profile)!r}; there are {', '.join(profile_names())} (in {PROFILES_DIR}), "
+            f"there is no profile {str(profile)!r}; there are {', '.join(names)} (in {PROFILES_DIR}), "
             "or name the path of a .yml file"
         )
     return found
@@ -247,10 +223,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if repeated := [key for key in keys if keys.count(key) > 1]:
-            line = node.start_mark.line + 1
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {repeated[0]!r} is given twice in the mapping that begins in line {line}"
-            )
+            place = f"in the mapping that begins in line {node.start_mark.line + 1}"
+            raise yaml.constructor.ConstructorError(None, None, f"the key {repeated[0]!r} is given twice {place}")
         return super().construct_mapping(node, deep)
 
 

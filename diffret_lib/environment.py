@@ -17,7 +17,6 @@ NUMERIC_PACKAGES = (
     "torch", "transformers", "tokenizers", "sentence-transformers", "peft", "gguf", "numpy", "scipy", "pandas",
     "scikit-learn", "statsmodels", "ranx", "faiss-cpu", "bm25s", "PyStemmer", "numpydoc",
 )  # fmt: skip
-#: Further ones that ``run.json`` names.
 RECORDED_PACKAGES = ("diffret", *NUMERIC_PACKAGES, "datasets", "safetensors", "matplotlib", "seaborn", "papermill")
 
 
@@ -36,8 +35,12 @@ def hardware() -> dict[str, Any]:
     """Processor, cores, memory (bytes), GPUs and operating system."""
     process = psutil.Process()
     gpus = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader").splitlines()
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    cpu = named[1].strip() if named else _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu,
         "cores_logical": psutil.cpu_count(),
         "cores_physical": psutil.cpu_count(logical=False),
         "cores_usable": len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count(),
@@ -45,13 +48,6 @@ def hardware() -> dict[str, Any]:
         "gpu": [line.strip() for line in gpus if line.strip()],
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
-    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return named[1].strip() if named else _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
 
 
 def _output(*command: str) -> str:

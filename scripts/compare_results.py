@@ -15,13 +15,15 @@ from pathlib import Path
 TIMED = ("latency_", "claim4_ratios", "claims", "allocator_latency", "effectiveness_latency", "backbones")
 #: Columns of measured times in the other tables.
 TIMED_COLUMNS = {"seconds"}
+#: Labels that are worded anew: the old text, and the one that it is compared as.
+RENAMED = {"parent, attention both ways": "parent, bidirectional attention"}
 
 
 def columns(path: Path) -> dict[str, list[str]]:
     """The columns of a CSV file as text, measured times left out."""
     with open(path, encoding="utf-8", newline="") as file:
         head, *rows = csv.reader(file)
-    return {name: [row[i] for row in rows] for i, name in enumerate(head) if name not in TIMED_COLUMNS}
+    return {name: [RENAMED.get(row[i], row[i]) for row in rows] for i, name in enumerate(head) if name not in TIMED_COLUMNS}
 
 
 def compare(one: Path, other: Path) -> tuple[bool, str]:

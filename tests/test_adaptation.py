@@ -20,19 +20,9 @@ from diffret_lib.training import adaptation
 from diffret_lib.training.adaptation import adapt, adaptation_table, read_curves
 from diffret_lib.training.lora import add_lora, export_adapter, last_checkpoint, save_adapter
 from diffret_lib.training.masked_diffusion import (
-    TARGETS,
-    Answer,
-    MaskedRows,
-    Recipe,
-    answer_texts,
-    collate,
-    content_token_mask,
-    held_out_cross_entropy,
-    masked_cross_entropy,
-    pack,
-    parent_answers,
-    train,
-)
+    TARGETS, Answer, MaskedRows, Recipe, answer_texts, collate, content_token_mask, held_out_cross_entropy,
+    masked_cross_entropy, pack, parent_answers, train,
+)  # fmt: skip
 
 MASK = 5
 RECIPE = Recipe(
@@ -282,6 +272,13 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+def assert_same_adapters(one, two) -> None:
+    assert (one / "adapter_config.json").read_bytes() == (two / "adapter_config.json").read_bytes()
+    files = [safe_open(folder / "adapter_model.safetensors", framework="pt") for folder in (one, two)]
+    assert files[0].metadata() == files[1].metadata() and weights(one).keys() == weights(two).keys()
+    assert all(torch.equal(tensor, weights(two)[name]) for name, tensor in weights(one).items())
+
+
 def start(folder, rows, recipe: Recipe, work, model=None, **options):
     data = MaskedRows(rows, MASK, batch_size=recipe.batch_size, seed=recipe.seed)
     return train(model or adapted(folder, recipe), "base", data, recipe, work, pad_id=2, **options)
@@ -320,8 +317,8 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("damaged", [None, "trainer_state.json", "optimizer.pt", "adapter/adapter_config.json", "manifest.json"])
-def test_interrupted_training_ends_with_the_same_bytes(folder, rows, tmp_path, damaged):
+@pytest.mark.parametrize("damaged", [None, "trainer_state.json", "optimizer.pt", "manifest.json"])
+def test_interrupted_training_ends_with_the_same_weights(folder, rows, tmp_path, damaged):
     """Also where the newest checkpoint was cut while it was written: the one before it is taken."""
     whole, curve = start(folder, rows, RECIPE, tmp_path / "whole")
     steps = []
@@ -348,8 +345,7 @@ def test_interrupted_training_ends_with_the_same_bytes(folder, rows, tmp_path, d
         folder, rows, RECIPE, cut, evaluate=lambda m: steps.append(1) or {}, evaluate_every=1, save_every=2
     )
     assert len(steps) == RECIPE.steps - (4 if damaged else 6)  # on from the checkpoint, not from the start
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (resumed / file).read_bytes() == (whole / file).read_bytes()
+    assert_same_adapters(resumed, whole)
     fresh = adapted(folder, RECIPE).state_dict()
     assert any(not torch.equal(v, weights(whole)[k.replace(".default", "")]) for k, v in fresh.items() if "lora_B" in k)
     # at its end, nothing is trained
@@ -359,16 +355,15 @@ def test_interrupted_training_ends_with_the_same_bytes(folder, rows, tmp_path, d
 def test_held_out_cross_entropy(folder, rows):
     model = make_bidirectional(parent(folder))
     model.train()
-    first = held_out_cross_entropy(model, rows[:10], MASK, batch_size=4)
+    first = held_out_cross_entropy(model, rows[:10], MASK)
     torch.rand(3), np.random.rand(3)
-    assert held_out_cross_entropy(model, rows[:10], MASK, batch_size=4) == first
+    assert held_out_cross_entropy(model, rows[:10], MASK) == first
     assert list(first) == ["0.15", "0.5", "0.9"] and model.training
-    assert held_out_cross_entropy(model, rows[:10], MASK, batch_size=4, seed=1) != first
     # as plainly computed with the same masks (in bfloat16: to a few per cent)
     rng = np.random.default_rng([0, 500])
     items = []
-    for begin in range(0, 10, 4):
-        block = rows[begin : begin + 4]
+    for begin in (0, 8):
+        block = rows[begin : min(begin + 8, 10)]
         chosen = rng.random(block.shape) < 0.5
         for row, mask in zip(block, chosen, strict=True):
             mask[0] = False
@@ -408,9 +403,6 @@ def test_stages_and_starting_again(folder, tokenizer, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache" / "work").glob("*"))  # checkpoints are gone
     # a stage's texts to answer come from the back, behind those of the stage before it
     assert answered == [(texts[::-1], 5, 1), (texts[::-1][10:], 3, 2)]
-    # answers come back from the cache as they were
-    for kept, given in zip(adaptation._answers(backbone, texts, second, [RECIPE]), answers(), strict=True):
-        assert all(np.array_equal(value, getattr(given, name)) for name, value in vars(kept).items())
     # other texts, rows or parents are another run
     for other in ({"texts": [*texts[:-1], "other"]}, {"held_out": held_out[:2]}):
         assert run(RECIPE, **other) != [first]
@@ -423,10 +415,7 @@ def test_exported_adapter(folder, rows, tmp_path):
     model = adapted(folder, RECIPE)
     start(folder, rows, RECIPE, tmp_path / "work", model)
     source, target = tmp_path / "adapter", tmp_path / "package" / "adapter"
-    for path in (source, tmp_path / "again"):
-        save_adapter(model, path, backbone.weights)
-    for path in source.iterdir():
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    save_adapter(model, source, backbone.weights)
     size = export_adapter(source, target)
     assert size == (target / "adapter_model.safetensors").stat().st_size
     before, after = weights(source), weights(target)
@@ -460,8 +449,6 @@ def test_the_same_seed_gives_the_same_adapter(folder):
 def test_steps_of_a_recipe():
     assert Recipe(tokens=10_240, sequence_length=256, batch_size=4).steps == 10
     assert Recipe(tokens=1).steps == 1
-    assert Recipe(tokens=10_240, schedule_tokens=20_480).schedule_steps == 20
-    assert Recipe(tokens=10_240).schedule_steps == 10
 
 
 # -- tables ----------------------------------------------------------------------------------------------------

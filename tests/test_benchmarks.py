@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -85,9 +86,8 @@ def test_summary(encode):
 def test_bound_has_the_products_of_an_encoding(encode, backbones):
     k = 3
     retriever = DiffRetriever(backbones[0], k_passage=k, batch_tokens=300)
-    products = encode.MatrixProducts.of(
-        backbones[0].model, lambda: retriever.encode_passages(SENTENCES, progress=False)
-    )
+    run = partial(retriever.encode_passages, SENTENCES, progress=False)
+    products = encode.MatrixProducts.of(backbones[0].model, run)
     shapes = []  # padded batches, longest text first
     rows = sorted((len(retriever.reader.preprocess([t])["input_ids"][0]) for t in SENTENCES), reverse=True)
     while rows:

@@ -159,7 +159,7 @@ def test_atomic_file_is_whole_or_not_there(tmp_path):
         temporary.write_text("half")
         raise KeyError
     assert path.read_text() == "one" and os.listdir(path.parent) == ["f.npy"]
-    with pytest.raises(FileNotFoundError, match="nothing was written"), atomic_path(path):
+    with pytest.raises(FileNotFoundError), atomic_path(path):
         pass
 
 

@@ -100,18 +100,18 @@ def test_sample_too_small_takes_fewer_queries_or_raises() -> None:
     assert part.coverage == "sample of 3 of 4 passages, 1 of 2 queries"
     with pytest.raises(ValueError, match="do not fit into 1 passages"):
         many.sample(2, 1)
-    with pytest.raises(ValueError, match="n_queries must be at least 1"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         many.sample(0, 3)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"passages": ["one"]}, "20 passage ids but 1 passage texts"),
-        ({"passage_ids": ["p0"] * 20}, "passage ids that occur twice: p0"),
-        ({"query_ids": ["q0"] * 8}, "query ids that occur twice: q0"),
-        ({"qrels": {"q0": {"p0": 1}}}, "do not name the same query ids: q1, q2, q3"),
-        ({"qrels": {f"q{i}": {"p99": 1} for i in range(8)}}, "query 'q0' name unknown passages: p99"),
+        ({"passages": ["one"]}, "Column 1 named text expected length 20 but got length 1"),
+        ({"passage_ids": ["p0"] * 20}, "ids that occur twice: p0"),
+        ({"query_ids": ["q0"] * 8}, "ids that occur twice: q0"),
+        ({"qrels": {"q0": {"p0": 1}}}, "differ in their query ids: q1, q2, q3"),
+        ({"qrels": {f"q{i}": {"p99": 1} for i in range(8)}}, "name unknown passages: p99"),
         ({"qrels": {f"q{i}": {"p1": 0} for i in range(8)}}, "query 'q0' has no relevant passage"),
     ],
 )

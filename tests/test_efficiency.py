@@ -213,8 +213,8 @@ def test_effectiveness_beside_latency(encoded, searched):
         plt.close(fig)
 
 
-def test_missing_evaluation_says_what_to_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match="run notebook 04_evaluation with this profile first"):
+def test_evaluation_is_read_as_it_was_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"evaluation\.csv"):
         read_effectiveness(tmp_path)
     evaluation().to_csv(tmp_path / "evaluation.csv", index=False)
     pd.testing.assert_frame_equal(read_effectiveness(tmp_path), evaluation())

@@ -11,7 +11,6 @@ from diffret_lib.retrieval.metrics import (
     METRICS,
     bootstrap_interval,
     holm,
-    load_run,
     macro_average,
     macro_interval,
     macro_randomization_p,
@@ -62,11 +61,11 @@ def test_queries_without_results_count_and_foreign_ones_do_not():
 
 
 def test_evaluation_errors():
-    with pytest.raises(ValueError, match="cannot compute speed@10"):
+    with pytest.raises(ValueError, match="cannot compute 'speed@10'"):
         per_query(QRELS, RUN, ["speed@10"])
-    with pytest.raises(ValueError, match="share no query.*'z1'.*'q1'"):
+    with pytest.raises(ValueError, match="share no query.*'z1'.*'q2'"):
         per_query(QRELS, {"z1": {"a": 1.0}})
-    with pytest.raises(ValueError, match="no queries"):
+    with pytest.raises(ValueError, match="share no query"):
         per_query({}, RUN)
 
 
@@ -79,13 +78,10 @@ def test_metrics_that_are_none(metric):
 @pytest.mark.parametrize(
     ("qrels", "run", "error", "message"),
     [
-        ({"q": {"a": 1}}, {"q": {"a": "9", "b": "10"}}, TypeError, "run, query 'q', passage 'a': '9' is not a number"),
-        ({"q": {"a": 1}}, {"q": {"a": float("nan")}}, ValueError, "the score nan is not finite"),
-        ({"q": {"a": 1}}, {"q": {"a": float("inf")}}, ValueError, "the score inf is not finite"),
-        ({"q": {"a": 1}}, {"q": {5: 1.0}}, TypeError, "run, query 'q', passage 5: the id is a int"),
-        ({"q": {"a": 1}}, {5: {"a": 1.0}}, TypeError, "the run must map str query ids to dicts, not 5"),
-        ({"q": {"a": 1}}, {"q": ["a"]}, TypeError, "to a list"),
-        ({"q": {"a": 0.5}}, {"q": {"a": 1.0}}, TypeError, "qrels, query 'q', passage 'a': 0.5 is not a whole number"),
+        ({"q": {"a": 1}}, {"q": {"a": "9", "b": "10"}}, TypeError, "not str"),
+        ({"q": {"a": 1}}, {"q": {"a": float("nan")}}, ValueError, "query 'q' has scores that are not finite"),
+        ({"q": {"a": 1}}, {"q": {"a": float("inf")}}, ValueError, "query 'q' has scores that are not finite"),
+        ({"q": {"a": 0.5}}, {"q": {"a": 1.0}}, TypeError, "'float' object cannot be interpreted as an integer"),
     ],
 )
 def test_values_that_are_none(qrels, run, error, message):
@@ -109,10 +105,9 @@ def test_holm_by_hand():
 def test_macro_counts_collections_the_same():
     values = {"small": np.array([1.0, 0.0]), "large": np.zeros(100)}
     assert macro_average(values) == 0.25
-    with pytest.raises(ValueError, match="no collections"):
-        macro_average({})
-    with pytest.raises(ValueError, match="'x' has no values"):
-        macro_average({"x": np.array([])})
+    for bad in ({}, {"x": np.array([])}):
+        with pytest.raises(ValueError, match="nothing to average over"):
+            macro_average(bad)
 
 
 def test_interval_of_a_mean_is_about_the_normal_one():
@@ -122,7 +117,6 @@ def test_interval_of_a_mean_is_about_the_normal_one():
     assert mean == pytest.approx(values.mean())
     assert low == pytest.approx(mean - half, abs=0.003) and high == pytest.approx(mean + half, abs=0.003)
     assert bootstrap_interval(values, 4000) == (mean, low, high)
-    assert bootstrap_interval(values, 4000, confidence=0.5)[1] > low
 
 
 def test_stratified_interval_has_no_variance_between_collections():
@@ -137,12 +131,6 @@ def test_stratified_interval_has_no_variance_between_collections():
     assert single[0] == 0.5 and math.isnan(single[1])
 
 
-@pytest.mark.parametrize("bad", [{"confidence": 0}, {"confidence": 1}, {"confidence": 95}, {"resamples": 1}, {"resamples": 2.5}])
-def test_intervals_of_no_meaning(bad):
-    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
-        bootstrap_interval(np.arange(9.0), **bad)
-
-
 def test_macro_randomization_by_enumeration():
     differences = {"a": np.array([0.3, 0.1]), "b": np.array([0.2, -0.1, 0.4])}
     weights = [0.3 / 2, 0.1 / 2, 0.2 / 3, -0.1 / 3, 0.4 / 3]
@@ -152,28 +140,27 @@ def test_macro_randomization_by_enumeration():
     assert macro_randomization_p({"a": np.zeros(4)}) == 1.0
     clear = {"a": np.full(30, 0.1) + np.random.default_rng(0).normal(0, 0.05, 30)}
     assert macro_randomization_p(clear, 999, 3) == pytest.approx(2 / 1000)
-    with pytest.raises(ValueError, match="no collections"):
+    with pytest.raises(ValueError, match="nothing to average"):
         macro_randomization_p({})
 
 
 # -- runs on disk
 
 
-def test_run_round_trip(tmp_path):
-    scores = {"q1": {"a": 0.1, "b": np.nextafter(0.1, 0)}, "q2": {"é": 1e-300, "c": -2.0}}
-    save_run(make_run(scores, name="DiffRetriever multi"), tmp_path / "new" / "r.trec")
-    loaded = load_run(tmp_path / "new" / "r.trec")
-    assert loaded.to_dict() == scores and loaded.name == "DiffRetriever_multi"
-    assert list(loaded.run["q1"]) == ["a", "b"]
-    assert load_run(tmp_path / "new" / "r.trec", name="x").name == "x"
-    save_run(dict(reversed(scores.items())), tmp_path / "plain.trec")
-    assert load_run(tmp_path / "plain.trec").to_dict() == scores and load_run(tmp_path / "plain.trec").name == "run"
-    assert (tmp_path / "new" / "r.trec").read_text().splitlines()[0] == "q1 Q0 a 1 0.1 DiffRetriever_multi"
+def test_runs_on_disk(tmp_path):
+    scores = {"q1": {"b": np.nextafter(0.1, 0), "a": 0.1}, "q2": {"é": 1e-300, "c": -2.0}, "none": {}}
+    save_run(scores, tmp_path / "new" / "r.trec", tag="t")
+    lines = [line.split(" ") for line in (tmp_path / "new" / "r.trec").read_text(encoding="utf-8").splitlines()]
+    assert [line[:4] for line in lines] == [[q, "Q0", p, r] for q, p, r in
+                                            (("q1", "a", "1"), ("q1", "b", "2"), ("q2", "é", "1"), ("q2", "c", "2"))]
+    assert all(float(score) == scores[q][p] and tag == "t" for q, _, p, _, score, tag in lines)
+    save_run(RUN, tmp_path / "ours.trec")
+    assert ranx.Run.from_file(str(tmp_path / "ours.trec"), kind="trec").to_dict() == RUN
 
 
 @pytest.mark.parametrize(
     ("scores", "message"),
-    [({"q 1": {"a": 1.0}}, "query id 'q 1'"), ({"q": {"a\tb": 1.0}}, r"id 'a\\tb'"), ({"q": {"": 1.0, "b": 0.5}}, "passage id ''")],
+    [({"q 1": {"a": 1.0}}, "'q 1' is empty or has whitespace"), ({"q": {"a\tb": 1.0}}, r"'a\\tb' is empty"), ({"q": {"": 1.0, "b": 0.5}}, "'' is empty")],
 )  # fmt: skip
 def test_ids_that_the_format_cannot_hold(tmp_path, scores, message):
     with pytest.raises(ValueError, match=message):
@@ -181,44 +168,9 @@ def test_ids_that_the_format_cannot_hold(tmp_path, scores, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("q Q0 a 1 0.5", "5 columns"),
-        ("q Q0 a 1 high run", "high"),
-        ("q Q0 a 1 nan run", "not finite"),
-        ("q Q0 ok 1 0.5 run", "twice"),
-    ],
-)
-def test_bad_lines_are_named(tmp_path, line, message):
-    (tmp_path / "r.trec").write_text(f"q Q0 ok 1 0.9 run\n{line}\n")
-    with pytest.raises(ValueError, match=rf"r\.trec, line 2: .*{message}"):
-        load_run(tmp_path / "r.trec")
-
-
-def test_encodings_of_run_files(tmp_path):
-    (tmp_path / "r.trec").write_bytes(b"\xef\xbb\xbfq Q0 a 1 0.5 run\n")
-    assert load_run(tmp_path / "r.trec").to_dict() == {"q": {"a": 0.5}}
-    (tmp_path / "r.trec").write_bytes("q Q0 a 1 0.5 run\nq Q0 \u00e9 2 0.4 run\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"r\.trec, line 2: .*utf-8"):
-        load_run(tmp_path / "r.trec")
-
-
-def test_run_files_are_those_of_ranx(tmp_path):
-    save_run(RUN, tmp_path / "ours.trec", tag="t")
-    assert ranx.Run.from_file(str(tmp_path / "ours.trec"), kind="trec").to_dict() == RUN
-    ranx.Run(RUN, "t").save(str(tmp_path / "theirs.trec"), kind="trec")
-    assert load_run(tmp_path / "theirs.trec").to_dict() == RUN
-
-
-def test_an_empty_file_is_an_empty_run(tmp_path):
-    (tmp_path / "r.trec").write_text("")
-    assert len(load_run(tmp_path / "r.trec").run) == 0
-
-
 def test_qrels_on_disk(tmp_path):
     save_qrels({"q1": {"a": 1, "b": 0}}, tmp_path / "new" / "qrels.txt")
     assert (tmp_path / "new" / "qrels.txt").read_text() == "q1 0 a 1\nq1 0 b 0\n"
-    with pytest.raises(ValueError, match="id 'a b' is empty or has whitespace"):
+    with pytest.raises(ValueError, match="'a b' is empty or has whitespace"):
         save_qrels({"q1": {"a b": 1}}, tmp_path / "other.txt")
     assert not (tmp_path / "other.txt").exists()

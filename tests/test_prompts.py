@@ -3,32 +3,25 @@ from __future__ import annotations
 import pytest
 from tests.tiny import SPECIAL, tiny_tokenizer
 
-from diffret_lib.models.prompts import ContentTokens, RetrievalPrompt, content_words, encode_plain, end_of_turn_id
+from diffret_lib.models.prompts import ContentTokens, RetrievalPrompt, content_words, encode_plain
 
+SYSTEM = "<|im_start|>system\nYou are an AI assistant that can understand human language.<|im_end|>\n"
 PROMPTS = {
     ("query", False): (
-        "<|im_start|>system\nYou are an AI assistant that can understand human language.<|im_end|>\n"
         '<|im_start|>user\nQuery: "priority queue". Use one word to represent the query in a retrieval task. '
-        "Make sure your word is in lowercase.<|im_end|>\n"
-        '<|im_start|>assistant\nThe word is: "'
+        'Make sure your word is in lowercase.<|im_end|>\n<|im_start|>assistant\nThe word is: "'
     ),
     ("query", True): (
-        "<|im_start|>system\nYou are an AI assistant that can understand human language.<|im_end|>\n"
         '<|im_start|>user\nQuery: "priority queue". Use a few words to represent the query in a retrieval task. '
-        "Make sure your words are in lowercase.<|im_end|>\n"
-        '<|im_start|>assistant\nThe words are: "'
+        'Make sure your words are in lowercase.<|im_end|>\n<|im_start|>assistant\nThe words are: "'
     ),
     ("passage", False): (
-        "<|im_start|>system\nYou are an AI assistant that can understand human language.<|im_end|>\n"
         '<|im_start|>user\nPassage: "priority queue". Use one word to represent the passage in a retrieval task. '
-        "Make sure your word is in lowercase.<|im_end|>\n"
-        '<|im_start|>assistant\nThe word is: "'
+        'Make sure your word is in lowercase.<|im_end|>\n<|im_start|>assistant\nThe word is: "'
     ),
     ("passage", True): (
-        "<|im_start|>system\nYou are an AI assistant that can understand human language.<|im_end|>\n"
         '<|im_start|>user\nPassage: "priority queue". Use a few words to represent the passage in a retrieval task. '
-        "Make sure your words are in lowercase.<|im_end|>\n"
-        '<|im_start|>assistant\nThe words are: "'
+        'Make sure your words are in lowercase.<|im_end|>\n<|im_start|>assistant\nThe words are: "'
     ),
 }
 
@@ -42,9 +35,9 @@ def tokenizer():
 def test_prompt_word_for_word(tokenizer, side, few):
     prompt = RetrievalPrompt(tokenizer, side, few)
     (ids,) = prompt.ids(["priority queue"], 64)
-    assert tokenizer.decode(ids) == PROMPTS[side, few]
+    assert tokenizer.decode(ids) == SYSTEM + PROMPTS[side, few]
     # for an ordinary text the parts, tokenised apart, are the ids of the whole
-    assert ids == tokenizer(PROMPTS[side, few], add_special_tokens=False)["input_ids"]
+    assert ids == tokenizer(SYSTEM + PROMPTS[side, few], add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("side", ["query", "passage"])
@@ -76,7 +69,6 @@ def test_tail(tokenizer):
     """The closing quote, the end of the turn, then end-of-sequence up to three tokens."""
     quote, turn = tokenizer.convert_tokens_to_ids(['"', "<|im_end|>"])
     assert RetrievalPrompt(tokenizer, "query", True).tail == (quote, turn, turn)
-    assert end_of_turn_id(tokenizer) == turn
     other = tiny_tokenizer()
     other.eos_token = "<|endoftext|>"
     assert RetrievalPrompt(other, "query", True).tail == (quote, turn, other.convert_tokens_to_ids("<|endoftext|>"))

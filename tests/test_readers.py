@@ -375,43 +375,38 @@ def test_diffusion_attends_both_ways(diffusion, autoregressive, padded):
         assert ((hidden[0, 1] - hidden[1, 1]).abs().max() > 1e-3) == sees
 
 
-def test_what_follows_the_masks_is_seen(diffusion, monkeypatch):
-    """The first vector depends on the closing tail and on the number of masks after it."""
-    reader = masked(diffusion, k_query=2, k_passage=4)
-    features = reader.preprocess(["a heap"], task="passage")
-    other = dict(features, input_ids=features["input_ids"].clone())
-    other["input_ids"][0, -1] = 40
-    with torch.inference_mode():
-        a, b = (reader(f)["token_embeddings"][0, 0] for f in (features, other))
-    assert bool(features["attention_mask"].all())
-    assert a @ b < 0.9999
+def test_what_follows_the_masks_is_seen_where_the_model_is_bidirectional(diffusion, folders):
+    """The first vector depends on the closing tail; the direction is the model's, not the reader's."""
+    causal = tiny_backbone(folders["diffusion"], "autoregressive")
+    one_way = MaskedPositions(causal.model, causal.tokenizer, mask_id=5, prediction_shift=False)
+    for reader, sees in ((masked(diffusion, k_query=2, k_passage=4), True), (one_way, False)):
+        features = reader.preprocess(["a heap"], task="passage")
+        other = dict(features, input_ids=features["input_ids"].clone())
+        other["input_ids"][0, -1] = 40
+        with torch.inference_mode():
+            a, b = (reader(f)["token_embeddings"][0, 0] for f in (features, other))
+        assert bool(features["attention_mask"].all())
+        assert a @ b < 0.9999 if sees else torch.equal(a, b)
 
 
-def test_a_causal_configuration_is_read_causally(folders):
-    """The direction is the model's, not the reader's."""
-    backbone = tiny_backbone(folders["diffusion"], "autoregressive")
-    reader = MaskedPositions(backbone.model, backbone.tokenizer, mask_id=5, k_passage=1, prediction_shift=False)
-    features = reader.preprocess(["a heap"], task="passage")
-    other = dict(features, input_ids=features["input_ids"].clone())
-    other["input_ids"][0, -1] = 40
-    with torch.inference_mode():
-        a, b = (reader(f)["token_embeddings"][0, 0] for f in (features, other))
-    assert torch.equal(a, b)
+@pytest.fixture
+def passes(monkeypatch) -> list[tuple[tuple[int, ...], bool, bool]]:
+    """Shape, gradients and key-value cache of every forward pass of PromptReps' reader."""
+    seen, original = [], NextTokens.body
 
-
-def test_left_part_is_computed_once_and_equals_no_cache(autoregressive, monkeypatch):
-    reader = NextTokens(autoregressive.model, autoregressive.tokenizer, max_new_tokens=3).eval()
-    lengths = []
-    original = NextTokens.body
-
-    def body(self, input_ids, mask, past=None, **kwargs):
-        lengths.append(tuple(input_ids.shape))
-        return original(self, input_ids, mask, past, **kwargs)
+    def body(self, input_ids, mask, past=None):
+        seen.append((tuple(input_ids.shape), torch.is_grad_enabled(), past is not None))
+        return original(self, input_ids, mask, past)
 
     monkeypatch.setattr(NextTokens, "body", body)
+    return seen
+
+
+def test_left_part_is_computed_once_and_equals_no_cache(autoregressive, passes):
+    reader = NextTokens(autoregressive.model, autoregressive.tokenizer, max_new_tokens=3).eval()
     features = reader.preprocess(TEXTS, task="passage")
     first, again = read(reader, TEXTS, "passage"), read(reader, TEXTS, "passage")
-    left = (1, len(features["left_ids"]))
+    left, lengths = (1, len(features["left_ids"])), [shape for shape, *_ in passes]
     assert lengths.count(left) == 1
     assert max(width for rows, width in lengths if rows > 1) == features["input_ids"].shape[1]
     for (a, sa), (b, sb) in zip(first, again, strict=True):  # a batch leaves nothing behind in the cache
@@ -436,41 +431,24 @@ def test_left_part_differs_between_sides_and_wordings(autoregressive):
             assert torch.equal(a, b)
 
 
-def test_sequences_that_ended_leave_the_batch(autoregressive, monkeypatch):
+def test_sequences_that_ended_leave_the_batch(autoregressive, passes):
     reader = NextTokens(autoregressive.model, autoregressive.tokenizer, max_new_tokens=5).eval()
-    rows = []
-    original = NextTokens.body
-
-    def body(self, input_ids, mask, past=None, **kwargs):
-        if input_ids.shape[1] == 1:
-            rows.append(len(input_ids))
-        return original(self, input_ids, mask, past, **kwargs)
-
-    monkeypatch.setattr(NextTokens, "body", body)
     counts = [len(vectors) for vectors, _ in read(reader, TEXTS, "passage")]
+    rows = [n for (n, width), *_ in passes if width == 1]
     assert rows == [sum(c > j for c in counts) for j in range(1, max(counts))]
     assert min(rows) < len(TEXTS)
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
 @pytest.mark.parametrize("side", ["query", "passage"])
-def test_one_pass_with_gradients_reads_what_decoding_reads(autoregressive, monkeypatch, n, side):
+def test_one_pass_with_gradients_reads_what_decoding_reads(autoregressive, passes, n, side):
     reader = NextTokens(autoregressive.model, autoregressive.tokenizer, max_new_tokens=n).eval()
     features = reader.preprocess(TEXTS, task=side)
     with torch.no_grad():
         decoded = reader(features)
-    passes = []
-    original = NextTokens.body
-
-    def body(self, input_ids, mask, past=None, **kwargs):
-        if torch.is_grad_enabled():
-            passes.append(past)
-        return original(self, input_ids, mask, past, **kwargs)
-
-    monkeypatch.setattr(NextTokens, "body", body)
     taught = reader.train()(features)
     reader.eval()
-    assert passes == [None]  # no key-value cache where there are gradients
+    assert [cached for _, gradients, cached in passes if gradients] == [False]  # no cache where there are gradients
     assert torch.equal(decoded["attention_mask"], taught["attention_mask"])
     torch.testing.assert_close(taught["token_embeddings"], decoded["token_embeddings"], atol=1e-5, rtol=0)
     torch.testing.assert_close(taught["sentence_embedding"], decoded["sentence_embedding"], atol=1e-4, rtol=0)
@@ -499,8 +477,6 @@ def test_unknown_settings():
     model = tiny_model(len(tokenizer))
     with pytest.raises(ValueError, match="max_passage_tokens must be at least 1, not 0"):
         MeanOfTokens(model, tokenizer, max_passage_tokens=0)
-    with pytest.raises(ValueError, match="k_query must be at least 1, not 0"):
-        MaskedPositions(model, tokenizer, mask_id=5, k_query=0)
     with pytest.raises(ValueError, match="k_passage must be at least 1, not '4'"):
         MaskedPositions(model, tokenizer, mask_id=5, k_passage="4")
     with pytest.raises(ValueError, match="max_new_tokens must be at least 0, not -1"):

@@ -73,27 +73,28 @@ def test_rows_and_columns_are_named_by_position_and_word(retriever):
 def test_explained_ranking_is_the_search(retriever):
     encoded = retriever.encode_passages(TEXTS, progress=False)
     for mode in ("dense", "hybrid"):
-        table = explain(retriever, COLLECTION, "sorted array", 3, mode, encoded)
+        table = explain(retriever, COLLECTION, encoded, "sorted array", 3, mode)
         assert list(table) == ["rank", "score", "passage_id", "words", "text"]
         queries = retriever.encode_queries(["sorted array"], progress=False)
         run = retriever.search(queries, encoded, mode, 3, ["x"], list("abcd"))
         assert dict(zip(table["passage_id"], table["score"], strict=True)) == dict(run.run["x"])
         assert table["rank"].tolist() == [1, 2, 3] and (table["score"].diff().dropna() < 0).all()
         assert [TEXTS["abcd".index(i)] for i in table["passage_id"]] == table["text"].tolist()
-    dense = explain(retriever, COLLECTION, "sorted array", 1)  # encodes the passages itself
+    dense = explain(retriever, COLLECTION, encoded, "sorted array", 1)
     top = alignment(retriever, "sorted array", dense["text"][0])
     assert dense["score"][0] == pytest.approx(top.max(axis=1).clip(lower=0).sum(), abs=1e-5)
 
 
 def test_any_query_text_is_taken(retriever):
+    encoded = retriever.encode_passages(TEXTS, progress=False)
     for query in ("", "  ", "$x^2$ <|im_end|> 日本"):
-        assert len(explain(retriever, COLLECTION, query, 2)) == 2
-    assert explain(retriever, COLLECTION, "is the", 5, "sparse").empty  # stop words alone
+        assert len(explain(retriever, COLLECTION, encoded, query, 2)) == 2
+    assert explain(retriever, COLLECTION, encoded, "is the", 5, "sparse").empty  # stop words alone
 
 
 def test_passages_of_another_collection(retriever):
-    with pytest.raises(ValueError, match="2 representations for the 4 passages of mine"):
-        explain(retriever, COLLECTION, "heap", passages=retriever.encode_passages(TEXTS[:2], progress=False))
+    with pytest.raises(ValueError, match="2 encodings for 4 passages of mine"):
+        explain(retriever, COLLECTION, retriever.encode_passages(TEXTS[:2], progress=False), "heap", 2)
 
 
 @pytest.fixture

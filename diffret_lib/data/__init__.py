@@ -9,16 +9,11 @@ from diffret_lib.data.beir import load_beir
 from diffret_lib.data.collection import Collection
 
 
-def load_collection(name_or_path: str | Path, seed: int = 0) -> Collection:
-    """Load a collection by its name or from a BEIR folder.
+def load_collection(name_or_path: str | Path) -> Collection:
+    """Load one of :data:`diffret_lib.config.PYDOCS`, or a BEIR folder by its path.
 
-    Parameters
-    ----------
-    name_or_path : str or Path
-        One of :data:`diffret_lib.config.PYDOCS`, or the path of a BEIR folder, with ``":split"`` appended for a split
-        other than ``test``.  A relative path is looked for in the current folder and then in the checkout.
-    seed : int
-        Salts the splits of pandas; the recorded fingerprints are those of seed 0.
+    A path may end in ``":split"`` for a split other than ``test``; a relative one is looked for in the current folder
+    and then in the checkout.
 
     Raises
     ------
@@ -37,5 +32,5 @@ def load_collection(name_or_path: str | Path, seed: int = 0) -> Collection:
     if text.startswith("pydocs/"):
         from diffret_lib.data.pydocs import load_pydocs  # here, so that python -m can run that module
 
-        return load_pydocs(text, seed)
+        return load_pydocs(text)
     raise FileNotFoundError(f"no collection {text!r}: neither a BEIR folder nor one of {', '.join(PYDOCS)}")

@@ -8,7 +8,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +17,15 @@ import datasets
 import numpy as np
 from bm25s.stopwords import STOPWORDS_EN
 
-_WORD = re.compile(r"\w+")
+datasets.disable_progress_bars()
+datasets.logging.set_verbosity(logging.CRITICAL)  # a fault is raised, and named by the reader
 #: Columns of passages and of queries.
 FEATURES = datasets.Features({"id": datasets.Value("string"), "text": datasets.Value("string")})
 
 
 def words(text: str) -> list[str]:
     """Lower-cased words (runs of letters, digits and underscores) of a text."""
-    return _WORD.findall(text.lower())
+    return re.findall(r"\w+", text.lower())
 
 
 def contains_run(text: list[str], run: list[str]) -> bool:
@@ -38,22 +38,8 @@ def seeded_order(ids: Iterable[str], seed: int | str) -> list[str]:
     return sorted(ids, key=lambda i: (hashlib.sha256(f"{seed}\0{i}".encode()).digest(), i))
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the progress bars and messages of ``datasets`` inside a block."""
-    shown, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if shown:
-            datasets.enable_progress_bars()
-
-
 class Column(datasets.Column):
-    """A column of a Dataset as a sequence, read from its file a value, a slice or (iterating) 1,000 rows at a time."""
+    """A column of a Dataset as a sequence; iterating reads 1,000 rows at a time."""
 
     def __iter__(self) -> Iterator[str]:
         for batch in self.source.select_columns(self.column_name).iter(1000):
@@ -67,19 +53,6 @@ class Column(datasets.Column):
 class Collection:
     """A retrieval collection; :meth:`from_texts` makes one of lists.
 
-    Parameters
-    ----------
-    name : str
-        For tables, such as ``"pydocs/numpy"``.
-    passage_rows, query_rows : datasets.Dataset
-        With the columns ``id`` (unique) and ``text``.
-    qrels : dict of str to dict of str to int
-        Relevance by query id and passage id.  Every query has at least one passage of relevance above 0.
-    coverage : str
-        ``"whole"``, or what part of the collection this is, in words.
-    description : str
-        Where the collection comes from (package and version, folder and split).
-
     Raises
     ------
     ValueError
@@ -87,18 +60,17 @@ class Collection:
     """
 
     name: str
-    passage_rows: datasets.Dataset
+    passage_rows: datasets.Dataset  #: with the columns ``id`` (unique) and ``text``; so is ``query_rows``
     query_rows: datasets.Dataset
-    qrels: dict[str, dict[str, int]]
-    coverage: str = "whole"
-    description: str = ""
+    qrels: dict[str, dict[str, int]]  #: relevance by query id and passage id
+    coverage: str = "whole"  #: or what part of the collection this is, in words
+    description: str = ""  #: package and version, or folder and split
 
     def __post_init__(self) -> None:
-        if odd := sorted(set(self.query_ids) ^ self.qrels.keys())[:3]:
-            raise ValueError(f"{self.name}: queries and judgements do not name the same query ids: {', '.join(odd)}")
-        for query_id in self.qrels:
-            if not self.relevant(query_id):
-                raise ValueError(f"{self.name}: query {query_id!r} has no relevant passage")
+        if odd := sorted(set(self.query_ids) ^ self.qrels.keys()):
+            raise ValueError(f"{self.name}: queries and judgements differ in their query ids: {', '.join(odd[:3])}")
+        if bare := [query_id for query_id in self.qrels if not self.relevant(query_id)]:
+            raise ValueError(f"{self.name}: query {bare[0]!r} has no relevant passage")
 
     @classmethod
     def from_texts(
@@ -106,27 +78,19 @@ class Collection:
         queries: Sequence[str], qrels: dict[str, dict[str, int]], coverage: str = "whole", description: str = "",
     ) -> Collection:  # fmt: skip
         """Make a collection in memory; ValueError for other lengths, ids that occur twice, and unknown ids."""
-        for kind, ids, texts in (("passage", passage_ids, passages), ("query", query_ids, queries)):
-            if len(ids) != len(texts):
-                raise ValueError(f"{name}: {len(ids)} {kind} ids but {len(texts)} {kind} texts")
-            if twice := sorted(i for i, count in Counter(ids).items() if count > 1)[:3]:
-                raise ValueError(f"{name}: {kind} ids that occur twice: {', '.join(twice)}")
-        known = set(passage_ids)
-        for query_id, judged in qrels.items():
-            if unknown := sorted(judged.keys() - known)[:3]:
-                named = ", ".join(unknown)
-                raise ValueError(f"{name}: the judgements of query {query_id!r} name unknown passages: {named}")
-        rows = [
-            datasets.Dataset.from_dict({"id": list(ids), "text": list(texts)}, features=FEATURES)
-            for ids, texts in ((passage_ids, passages), (query_ids, queries))
-        ]
+        rows = []
+        for ids, texts in ((passage_ids, passages), (query_ids, queries)):
+            if twice := [i for i, count in Counter(ids).items() if count > 1]:
+                raise ValueError(f"{name}: ids that occur twice: {', '.join(twice[:3])}")
+            rows.append(datasets.Dataset.from_dict({"id": list(ids), "text": list(texts)}, features=FEATURES))
+        if unknown := sorted(set().union(*qrels.values()) - set(passage_ids)):
+            raise ValueError(f"{name}: the judgements name unknown passages: {', '.join(unknown[:3])}")
         return cls(name, *rows, qrels, coverage, description)
 
     def save(self, folder: Path) -> None:
         """Write the collection into a folder; :meth:`load` reads it memory-mapped."""
-        with quiet():
-            self.passage_rows.save_to_disk(folder / "passages")
-            self.query_rows.save_to_disk(folder / "queries")
+        self.passage_rows.save_to_disk(folder / "passages")
+        self.query_rows.save_to_disk(folder / "queries")
         rest = {key: getattr(self, key) for key in ("name", "qrels", "coverage", "description")}
         (folder / "collection.json").write_text(json.dumps(rest), encoding="utf-8")
 
@@ -150,14 +114,10 @@ class Collection:
     def fingerprint(self) -> str:
         """SHA-256 (hex) over ids, texts and judgements, in order; name and description do not count."""
         digest = hashlib.sha256()
-
-        def add(*parts: Any) -> None:
-            digest.update(json.dumps(parts, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
-
-        for passage in zip(self.passage_ids, self.passages, strict=True):
-            add("passage", *passage)
-        for query_id, query in zip(self.query_ids, self.queries, strict=True):
-            add("query", query_id, query, sorted(self.qrels[query_id].items()))
+        for kind, ids, texts in (("passage", self.passage_ids, self.passages), ("query", self.query_ids, self.queries)):
+            for key, text in zip(ids, texts, strict=True):
+                more = [sorted(self.qrels[key].items())] if kind == "query" else []
+                digest.update(json.dumps([kind, key, text, *more], separators=(",", ":")).encode() + b"\n")
         return digest.hexdigest()
 
     def relevant(self, query_id: str) -> list[str]:
@@ -168,26 +128,15 @@ class Collection:
         """Take a seeded random part: queries, all their relevant passages, and random other passages.
 
         No retriever has a say in which passages are taken: a pool of one's results would be biased.  Queries and
-        passages keep their order; with one seed a smaller sample's queries are among a larger one's.
-
-        Parameters
-        ----------
-        n_queries, n_passages : int or None
-            How many to take; None, or more than there are, means all.  Queries are taken in seeded order up to the
-            first whose relevant passages no longer fit; ``coverage`` states the numbers reached.
-        seed : int
-
-        Raises
-        ------
-        ValueError
-            When a number is below 1, or not even one query's relevant passages fit.
+        passages keep their order; with one seed a smaller sample's queries are among a larger one's.  None, or more
+        than there are, means all.  Queries are taken in seeded order up to the first whose relevant passages no longer
+        fit; ``coverage`` states the numbers reached.  ValueError when none fits, or a number is below 1.
         """
-        for label, number in (("n_queries", n_queries), ("n_passages", n_passages)):
-            if number is not None and number < 1:
-                raise ValueError(f"{label} must be at least 1 or None, got {number}")
         all_queries, all_passages = len(self.query_rows), len(self.passage_rows)
-        want_queries = all_queries if n_queries is None else min(n_queries, all_queries)
-        want_passages = all_passages if n_passages is None else min(n_passages, all_passages)
+        want_queries = min(n_queries, all_queries) if n_queries is not None else all_queries
+        want_passages = min(n_passages, all_passages) if n_passages is not None else all_passages
+        if min(want_queries, want_passages) < 1:
+            raise ValueError(f"{self.name}: n_queries and n_passages must be at least 1 or None")
         if (want_queries, want_passages) == (all_queries, all_passages):
             return self
         queries: set[str] = set()
@@ -199,16 +148,12 @@ class Collection:
             queries.add(query_id)
             passages = enlarged
         if not queries:
-            fault = f"the relevant passages of the first sampled query do not fit into {want_passages} passages"
-            raise ValueError(f"{self.name}: {fault}; ask for more")
-        for passage_id in seeded_order(self.passage_ids, f"passages {seed}"):
-            if len(passages) >= want_passages:
-                break
-            passages.add(passage_id)
+            raise ValueError(f"{self.name}: the passages of the first query do not fit into {want_passages} passages")
+        others = [p for p in seeded_order(self.passage_ids, f"passages {seed}") if p not in passages]
+        passages.update(others[: want_passages - len(passages)])
         coverage = f"sample of {len(passages):,} of {all_passages:,} passages"
         coverage += f", {len(queries):,} of {all_queries:,} queries"
-        if self.coverage != "whole":
-            coverage += f" ({self.coverage})"
+        coverage += "" if self.coverage == "whole" else f" ({self.coverage})"
         return replace(self.restrict(passages, queries), coverage=coverage)
 
     def restrict(self, passage_ids: Iterable[str], query_ids: Iterable[str]) -> Collection:
@@ -218,26 +163,18 @@ class Collection:
             self,
             passage_rows=self.passage_rows.select([i for i, p in enumerate(self.passage_ids) if p in passages]),
             query_rows=self.query_rows.select([i for i, q in enumerate(self.query_ids) if q in queries]),
-            qrels={
-                query_id: {p: grade for p, grade in judged.items() if p in passages}
-                for query_id, judged in self.qrels.items()
-                if query_id in queries
-            },
+            qrels={q: {p: r for p, r in self.qrels[q].items() if p in passages} for q in self.qrels if q in queries},
         )
 
     def statistics(self) -> dict[str, Any]:
         """Sizes, relevant passages per query, mean lengths in words, coverage and fingerprint."""
-
-        def mean(values: Iterable[int]) -> float:
-            return float(np.mean(list(values) or [0]))
-
         return {
             "collection": self.name,
             "passages": len(self.passages),
             "queries": len(self.queries),
-            "relevant_per_query": mean(len(self.relevant(q)) for q in self.query_ids),
-            "passage_words": mean(len(p.split()) for p in self.passages),
-            "query_words": mean(len(q.split()) for q in self.queries),
+            "relevant_per_query": float(np.mean([len(self.relevant(q)) for q in self.query_ids])),
+            "passage_words": float(np.mean([len(p.split()) for p in self.passages])),
+            "query_words": float(np.mean([len(q.split()) for q in self.queries])),
             "coverage": self.coverage,
             "fingerprint": self.fingerprint,
         }
@@ -246,17 +183,14 @@ class Collection:
 def lexical_overlap(collection: Collection) -> dict[str, float]:
     """Measure how much of the queries' wording stands in their relevant passages.
 
-    Returns
-    -------
-    dict
-        ``content_words``: the share of a query's content words (English stop words left out) found in a
-        relevant passage, averaged over its relevant passages and then over queries.  ``whole_query``: the
-        share of queries whose words all stand in a relevant passage one after the other.
+    ``content_words`` is the share of a query's content words (English stop words left out) found in a relevant
+    passage, averaged over its relevant passages and then over queries; ``whole_query`` the share of queries whose
+    words all stand in a relevant passage one after the other.
     """
     stop = set(STOPWORDS_EN)
     needed = {p for q in collection.query_ids for p in collection.relevant(q)}
-    passages = zip(collection.passage_ids, collection.passages, strict=True)
-    passage_words = {p: words(text) for p, text in passages if p in needed}
+    texts = zip(collection.passage_ids, collection.passages, strict=True)
+    passage_words = {p: words(text) for p, text in texts if p in needed}
     shares, whole = [], []
     for query_id, query in zip(collection.query_ids, collection.queries, strict=True):
         run = words(query)

@@ -6,12 +6,10 @@ import ast
 import contextlib
 import importlib
 import inspect
-import io
 import pkgutil
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -19,12 +17,10 @@ import numpy as np
 from numpydoc.docscrape import NumpyDocString
 
 _SKIP_PARTS = re.compile(
-    r"^(_.*|tests?|testing|conftest|setup|externals?|vendor(ed)?|sphinxext|sandbox|backends|f2py|distutils|compat|"
+    r"(_.*|tests?|testing|conftest|setup|externals?|vendor(ed)?|sphinxext|sandbox|backends|f2py|distutils|compat|"
     r"arrow)$"
 )
-_LIST_SECTIONS = ("Parameters", "Other Parameters", "Returns", "Yields", "Receives", "Raises", "Warns", "Attributes",
-                  "Methods")  # fmt: skip
-_TEXT_SECTIONS = ("Warnings", "Notes")
+_LISTS = ("Parameters", "Other Parameters", "Returns", "Yields", "Receives", "Raises", "Warns", "Attributes", "Methods")
 _DROPPED_BLOCK = re.compile(
     r"^\s*\.\. (plot|code|code-block|sourcecode|ipython|image|figure|index|only|doctest|testsetup|testcode|"
     r"toctree|autosummary|automodule|currentmodule|include|raw|minigallery|inheritance-diagram)::"
@@ -33,9 +29,7 @@ _DIRECTIVE = re.compile(r"^(\s*)\.\. (?:(?:versionadded|versionchanged|deprecate
 _DROPPED_LINE = re.compile(r"^\s*(:[\w-]+:(\s.*)?|([-=~^*+#])\3{2,}\s*)$")  # options of directives, rules
 _COMMENT = re.compile(r"^\s*\.\. ")
 #: A support table that scipy appends, references to example galleries, and sets that scipy prints in hash order.
-_GENERATED = re.compile(
-    r"\*\*Array API Standard Support\*\*.*?for more information\.|:ref:`sphx_glr_[^`<]*`", re.DOTALL
-)
+_GENERATED = re.compile(r"(?s)\*\*Array API Standard Support\*\*.*?for more information\.|:ref:`sphx_glr_[^`<]*`")
 _PRINTED_SET = re.compile(r"(Use of argument\(s\) `*)\{([^}]*)\}")
 
 
@@ -59,10 +53,7 @@ _INLINE: tuple[tuple[str, Any], ...] = (
 
 
 def plain_text(text: str) -> str:
-    """Text without reStructuredText's markup: directives' and roles' marks go, their words stay.
-
-    Doctests, code, plots and images are dropped, and so are citation marks and comments.
-    """
+    """Text without reStructuredText's markup, doctests, code, plots, images, citation marks and comments."""
     text = _GENERATED.sub("", text)
     text = _PRINTED_SET.sub(lambda m: m[1] + ", ".join(sorted(re.split(r",\s*", m[2]))), text)
     kept: list[str] = []
@@ -90,24 +81,14 @@ def plain_text(text: str) -> str:
     return re.sub(r"\n{2,}", "\n", text).strip()
 
 
-def parse(doc: str) -> NumpyDocString:
-    """Parse a docstring into numpydoc's sections; ValueError when its sections contradict each other."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return NumpyDocString(doc)
-
-
 def passage_text(parsed: NumpyDocString) -> str:
     """Passage of a parsed docstring: all but name, signature, summary, See Also, examples and references."""
     parts = [plain_text("\n".join(parsed["Extended Summary"]))]
-    for section in (*_LIST_SECTIONS, *_TEXT_SECTIONS):
-        if section in _TEXT_SECTIONS:
-            body = plain_text("\n".join(parsed[section]))
-        else:
-            entries = []
-            for name, kind, description in parsed[section]:
-                entries += [plain_text(" : ".join(filter(None, (name, kind)))), plain_text("\n".join(description))]
-            body = "\n".join(filter(None, entries))
+    for section in (*_LISTS, "Warnings", "Notes"):
+        entries = [] if section in _LISTS else ["\n".join(parsed[section])]
+        for name, kind, description in parsed[section] if section in _LISTS else ():
+            entries += [" : ".join(filter(None, (name, kind))), "\n".join(description)]
+        body = "\n".join(filter(None, map(plain_text, entries)))
         if body:
             parts.append(f"{section}\n{body}")
     return "\n\n".join(filter(None, parts))
@@ -132,35 +113,18 @@ def docstrings(source: str) -> Iterator[tuple[str, str]]:
                 stack.append((f"{name}.{child.name}".lstrip("."), child))
 
 
-@dataclass
-class DocumentedObject:
-    """A docstring and every public name that leads to it, with how near each stands to the definition."""
-
-    doc: str
-    names: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def canonical(self) -> str:
-        """The name that stands closest to the definition, then the shortest."""
-        return min(self.names, key=lambda n: (-self.names[n], n.count("."), len(n), n))
-
-
-def documented_objects(root: str) -> list[DocumentedObject]:
-    """Documented public objects of an importable package, by canonical name; silent.
+def documented_objects(root: str) -> list[tuple[list[str], str]]:
+    """Names (canonical one first) and docstring of each documented public object of a package, by canonical name.
 
     All public modules are imported (none with a private, test or vendored part in its name; one that cannot be
-    imported is left out).  Members of classes are looked up along the bases that belong to the package.
-
-    Raises
-    ------
-    ImportError
-        When the package itself cannot be imported.
+    imported is left out).  Members of classes are looked up along the bases that belong to the package.  The canonical
+    name stands closest to the definition, then is the shortest.
     """
-    sink = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-        warnings.simplefilter("ignore")
-        walk = _Walk(root)
-    return sorted(walk.objects.values(), key=lambda o: o.canonical)
+    found = []
+    for obj, near in _Walk(root).found.values():
+        canonical, *others = sorted(near, key=lambda n: (-near[n], n.count("."), len(n), n))
+        found.append(([canonical, *sorted(others)], inspect.cleandoc(_own_doc(obj) or "")))
+    return sorted(found, key=lambda names_and_doc: names_and_doc[0][0])
 
 
 def _public_modules(root: str) -> list[ModuleType]:
@@ -178,77 +142,57 @@ def _public_modules(root: str) -> list[ModuleType]:
 
 
 def _own_doc(obj: Any) -> str | None:
-    """Docstring of an object; None when there is none or it is empty."""
+    """Docstring of an object; None when it has none, or an instance only its class's."""
     obj = getattr(obj, "orig_func", obj)  # networkx wraps functions to dispatch them
-    try:
-        doc = obj.__doc__
-    except Exception:
-        return None
-    return doc if isinstance(doc, str) and doc.strip() else None
-
-
-def _has_type_doc(obj: Any) -> bool:
-    """Whether an instance only inherits its class's docstring."""
-    return not inspect.isclass(obj) and getattr(obj, "__doc__", None) == type(obj).__doc__
+    doc = getattr(obj, "__doc__", None)
+    inherited = not inspect.isclass(obj) and doc == type(obj).__doc__
+    return doc if isinstance(doc, str) and doc.strip() and not inherited else None
 
 
 def _belongs(obj: Any, root: str) -> bool:
-    module = getattr(obj, "__module__", None)
     if type(obj).__name__ == "ufunc" and root != "numpy":
         return getattr(np, getattr(obj, "__name__", ""), None) is not obj
-    if not isinstance(module, str):
-        module = getattr(type(obj), "__module__", None) or ""
+    module = getattr(obj, "__module__", None)
+    module = module if isinstance(module, str) else getattr(type(obj), "__module__", None) or ""
     return module.split(".")[0] == root
 
 
 class _Walk:
-    """The documented public objects of a package, by their Python ids."""
+    """The documented public objects of a package by ``id``, each with its names and how near they are to its home."""
 
     def __init__(self, root: str):
         self.root = root
-        self.objects: dict[int, DocumentedObject] = {}
-        self._alive: list[Any] = []  # ids are only unique among living objects
-        self._instances: list[tuple[Any, str]] = []
+        self.found: dict[int, tuple[Any, dict[str, int]]] = {}
+        self.instances: list[tuple[type, str]] = []  # their class and path
         for module in _public_modules(root):
             self.module(module)
-        public = set(self.objects)
+        public = set(self.found)
         # An instance stands for its class where the class itself is not public (numpy.mgrid).
-        for obj, path in self._instances:
-            if id(type(obj)) not in public and _belongs(type(obj), root):
-                self.add(type(obj), path, 0)
+        for cls, path in self.instances:
+            if id(cls) not in public and _belongs(cls, root):
+                self.add(cls, path, 0)
 
     def add(self, obj: Any, name: str, nearness: int) -> None:
-        doc = _own_doc(obj)
-        if doc is None:
-            return
-        if id(obj) not in self.objects:
-            self.objects[id(obj)] = DocumentedObject(inspect.cleandoc(doc))
-            self._alive.append(obj)
-        names = self.objects[id(obj)].names
-        names[name] = max(names.get(name, 0), nearness)
+        if _own_doc(obj) is not None:
+            _, names = self.found.setdefault(id(obj), (obj, {}))
+            names[name] = max(names.get(name, 0), nearness)
 
     def module(self, module: ModuleType) -> None:
-        listed = getattr(module, "__all__", None)
-        names = listed if listed is not None else dir(module)
-        for name in sorted({n for n in names if isinstance(n, str) and not n.startswith("_")}):
-            try:
-                obj = getattr(module, name)
-            except Exception:
-                continue
+        for name in sorted({n for n in getattr(module, "__all__", dir(module)) if not n.startswith("_")}):
+            obj, path = getattr(module, name, None), f"{module.__name__}.{name}"
             if isinstance(obj, ModuleType) or not _belongs(obj, self.root):
                 continue
-            path = f"{module.__name__}.{name}"
             if inspect.isclass(obj):
                 self.cls(obj, path, ())
-            elif _has_type_doc(obj):
-                self._instances.append((obj, path))
+            elif getattr(obj, "__doc__", None) == type(obj).__doc__:
+                self.instances.append((type(obj), path))
             else:
                 self.add(obj, path, int(getattr(obj, "__module__", None) == module.__name__))
 
     def cls(self, cls: type, path: str, outer: tuple[type, ...]) -> None:
         at_home = int(cls.__module__ == path.rpartition(".")[0])
         self.add(cls, path, at_home)
-        bases = [b for b in inspect.getmro(cls) if str(b.__module__).split(".")[0] == self.root]
+        bases = [b for b in inspect.getmro(cls) if b.__module__.split(".")[0] == self.root]
         for name in sorted({n for base in bases for n in vars(base) if not n.startswith("_")}):
             for base in bases:
                 raw = vars(base).get(name)
@@ -258,7 +202,6 @@ class _Walk:
                         self.cls(nested, f"{path}.{name}", (*outer, cls))
                     break
                 raw = getattr(raw, "__func__", raw)
-                documented = raw is not None and _own_doc(raw) is not None and not _has_type_doc(raw)
-                if documented and (inspect.isroutine(raw) or hasattr(type(raw), "__get__")):
+                if _own_doc(raw) is not None and (inspect.isroutine(raw) or hasattr(type(raw), "__get__")):
                     self.add(raw, f"{path}.{name}", 1 + at_home if base is cls else 0)
                     break

@@ -1,10 +1,7 @@
-"""Text for the adaptation of the embedded diffusion backbone.
+"""Text for the adaptation of the embedded diffusion backbone: docstrings (nothing is imported) and descriptions.
 
-The text is documentation: docstrings (nothing is imported) and package descriptions (the README that a distribution's
-metadata carries) of installed packages and of wheels on disk, the standard library's docstrings, and the language
-reference that ships with it (``pydoc_data.topics``).  Packages that serve as a retrieval collection are never read,
-and a text that shares a run of 13 words with one of their docstrings is dropped, so that copied documentation does
-not leak in either.
+Packages that serve as a retrieval collection are never read, and a text that shares a run of 13 words with one of
+their docstrings is dropped, so that copied documentation does not leak in either.
 """
 
 from __future__ import annotations
@@ -14,12 +11,12 @@ import random
 import re
 import sysconfig
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from email import message_from_string
 from importlib import metadata
 from pathlib import Path
 from pydoc_data import topics
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -31,12 +28,12 @@ from diffret_lib.data.docstrings import docstrings
 HELD_OUT_PACKAGES = ("seaborn", "pyarrow", "numba", "sentence-transformers", "ranx")
 #: Installed packages whose docstrings are text to train on.
 INSTALLED_PACKAGES = (
-    "torch", "transformers", "datasets", "peft", "accelerate", "huggingface-hub", "sympy", "mpmath",
-    "sphinx", "docutils", "ipython", "jupyter-server", "jupyter-client", "jupyterlab", "nbconvert",
-    "nbformat", "traitlets", "pydantic", "requests", "httpx", "aiohttp", "fsspec", "tqdm", "rich",
-    "jinja2", "numpydoc", "pytest", "pillow", "joblib", "psutil", "tornado", "ipywidgets", "papermill",
-    "patsy", "contourpy", "fonttools", "pyzmq", "jsonschema", "anyio", "tenacity", "lxml", "pygments",
-    "beautifulsoup4", "typer", "click", "setuptools", "pip", "safetensors", "tokenizers",
+    "torch", "transformers", "datasets", "peft", "accelerate", "huggingface-hub", "sympy", "mpmath", "sphinx",
+    "docutils", "ipython", "jupyter-server", "jupyter-client", "jupyterlab", "nbconvert", "nbformat", "traitlets",
+    "pydantic", "requests", "httpx", "aiohttp", "fsspec", "tqdm", "rich", "jinja2", "numpydoc", "pytest", "pillow",
+    "joblib", "psutil", "tornado", "ipywidgets", "papermill", "patsy", "contourpy", "fonttools", "pyzmq",
+    "jsonschema", "anyio", "tenacity", "lxml", "pygments", "beautifulsoup4", "typer", "click", "setuptools", "pip",
+    "safetensors", "tokenizers",
 )  # fmt: skip
 #: Some of them, for a short run: quick to read, and prose more than code.
 SHORT_PACKAGES = ("ipython", "traitlets", "nbconvert", "fsspec", "peft", "accelerate", "datasets")
@@ -45,8 +42,7 @@ MIN_CHARS, MAX_CHARS = 120, 6000
 _SKIP_DIRS = re.compile(r"(^|/)(tests?|testing|_?vendor(ed)?|_?extern(al)?|node_modules|_pytest/_code)(/|$)")
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """One training text and where it comes from."""
 
     package: str
@@ -65,16 +61,6 @@ def clean(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", inspect.cleandoc("\n".join(lines))).strip()
 
 
-def _texts(package: str, sources: Iterable[tuple[str, str]], description: str | None = None) -> Iterator[Text]:
-    """Prose of a description and of sources (path and content)."""
-    found = [("description", description)] if description else []
-    found += [(f"{path}:{name}", doc) for path, source in sources for name, doc in docstrings(source)]
-    for origin, text in found:
-        body = clean(text)[:MAX_CHARS]
-        if _is_prose(body):
-            yield Text(package, origin, body)
-
-
 def _is_prose(text: str) -> bool:
     letters = sum(c.isalpha() or c.isspace() for c in text)
     return len(text) >= MIN_CHARS and letters >= 0.75 * len(text) and text.isascii()
@@ -84,8 +70,14 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _python_files(names: Iterable[str]) -> list[str]:
-    return sorted(n for n in names if n.endswith(".py") and not _SKIP_DIRS.search(n))
+def _texts(package: str, names: Iterable[str], read: Callable[[str], str], about: str = "") -> list[Text]:
+    """Prose of a package's metadata and of the docstrings of its files, as far as they are sources, in order."""
+    found = [("description", message_from_string(about).get_payload())]
+    for name in names:
+        if name.endswith(".py") and not _SKIP_DIRS.search(name):
+            found += [(f"{name}:{of}", doc) for of, doc in docstrings(read(name))]
+    cleaned = [(origin, clean(text)[:MAX_CHARS]) for origin, text in found]
+    return [Text(package, origin, text) for origin, text in cleaned if _is_prose(text)]
 
 
 def read_installed(package: str) -> list[Text]:
@@ -94,20 +86,21 @@ def read_installed(package: str) -> list[Text]:
         dist = metadata.distribution(package)
     except metadata.PackageNotFoundError:
         return []
-    paths = [(name, Path(dist.locate_file(name))) for name in _python_files(map(str, dist.files or ()))]
-    sources = ((name, path.read_text("utf-8", "ignore")) for name, path in paths if path.is_file())
-    about = dist.read_text("METADATA") or dist.read_text("PKG-INFO")  # `dist.metadata` differs between its finders
-    return list(_texts(_normal(package), sources, message_from_string(about or "").get_payload()))
+    names = sorted(str(name) for name in dist.files or () if Path(dist.locate_file(name)).is_file())
+    about = dist.read_text("METADATA") or dist.read_text("PKG-INFO") or ""  # `dist.metadata` differs between finders
+    return _texts(_normal(package), names, lambda n: Path(dist.locate_file(n)).read_text("utf-8", "ignore"), about)
 
 
 def read_wheel(path: Path) -> list[Text]:
     """Texts of a wheel file, which need not be installed."""
     with zipfile.ZipFile(path) as archive:
+
+        def read(name: str) -> str:
+            return archive.read(name).decode("utf-8", "ignore")
+
         names = archive.namelist()
-        content = {n: archive.read(n).decode("utf-8", "ignore") for n in names if n.endswith((".py", "/METADATA"))}
-    sources = ((n, content[n]) for n in _python_files(names))
-    descriptions = [message_from_string(content[n]).get_payload() for n in names if n.endswith(".dist-info/METADATA")]
-    return list(_texts(_normal(path.name.split("-")[0]), sources, *descriptions[:1]))
+        about = next((read(name) for name in names if name.endswith(".dist-info/METADATA")), "")
+        return _texts(_normal(path.name.split("-")[0]), sorted(names), read, about)
 
 
 def read_standard_library() -> list[Text]:
@@ -118,10 +111,9 @@ def read_standard_library() -> list[Text]:
         for start in range(0, len(body), MAX_CHARS)
     ]
     root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(p for p in root.rglob("*.py") if "site-packages" not in p.parts)
-    names = [p.relative_to(root).as_posix() for p in files]
-    sources = ((n, (root / n).read_text("utf-8", "ignore")) for n in names if not _SKIP_DIRS.search(n))
-    return [text for text in reference if _is_prose(text.text)] + list(_texts("python", sources))
+    names = [p.relative_to(root).as_posix() for p in sorted(root.rglob("*.py")) if "site-packages" not in p.parts]
+    sources = _texts("python", names, lambda name: (root / name).read_text("utf-8", "ignore"))
+    return [text for text in reference if _is_prose(text.text)] + sources
 
 
 def word_ngrams(text: str, n: int = 13) -> set[int]:
@@ -136,12 +128,8 @@ def training_texts(
 ) -> list[Text]:  # fmt: skip
     """Training texts, shuffled by ``seed``: no collection or held-out package, no copies, no leaked passage.
 
-    Parameters
-    ----------
-    wheels : Path, optional
-        Folder of wheels to read besides the installed ``packages`` and the standard library.
-    max_chars_per_package : int
-        A package gives at most this many characters, chosen at random, so that none dominates.
+    They are those of the installed ``packages``, of the wheels in the folder ``wheels``, and of the standard library.
+    A package gives about ``max_chars_per_package`` characters, chosen at random, so that none dominates.
     """
     leaked: set[int] = set()
     for package in tqdm(PACKAGES, desc="indexing evaluation docstrings"):
@@ -169,9 +157,9 @@ def training_texts(
     return kept
 
 
-def held_out_texts(*, seed: int = 0, per_package: int = 40, packages: Iterable[str] = HELD_OUT_PACKAGES) -> list[Text]:
+def held_out_texts(packages: Iterable[str] = HELD_OUT_PACKAGES, per_package: int = 40) -> list[Text]:
     """Docstrings of packages that are never trained on, the same number of each where it has them."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     kept: list[Text] = []
     for package in packages:
         texts = sorted({t.text for t in read_installed(package) if t.origin != "description"})

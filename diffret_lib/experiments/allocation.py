@@ -1,18 +1,18 @@
 """An adaptive allocator: chooses Kq for a query without looking at relevance (beyond the paper).
 
-Passages are indexed once, so that Kp stays.  Every query is read and searched at the default Kq; what that pass and
-that ranking say (:data:`FEATURES`) decides whether it is read and searched once more at another Kq.
+Kp stays.  Every query is read and searched at the default Kq; what that pass and that ranking say (:data:`FEATURES`)
+decides whether it is read and searched once more at another Kq.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
+from sklearn.base import BaseEstimator
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score
 from sklearn.model_selection import KFold, cross_val_predict
@@ -22,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from diffret_lib.cache import remember
 from diffret_lib.data.collection import Collection
 from diffret_lib.experiments.comparison import PAIR, per_query_best
-from diffret_lib.experiments.efficiency import quartiles, seconds
+from diffret_lib.experiments.efficiency import seconds
 from diffret_lib.experiments.study import Study, ranking
 from diffret_lib.models.readers import MaskedPositions
 from diffret_lib.retrieval.metrics import METRIC, Run, holm, macro_randomization_p
@@ -39,22 +39,23 @@ FEATURES = {
     "gap_second": "first score less the second, in standard deviations of the ranking's scores: the default ranking",
     "gap_tenth": "first score less the mean of the first ten, in the same unit: the default ranking",
 }
+#: Margins (nDCG@10) and penalties (on standardised features) that cross-validation chooses from.
+MARGINS = (0.0, 0.01, 0.02, 0.05, 0.1, np.inf)
+ALPHAS = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 _KEYS = ["collection", "query_id"]
 
 
 def mask_features(retriever: DiffRetriever, texts: Sequence[str], batch: int = 16) -> pd.DataFrame:
     """First five of :data:`FEATURES`, from one pass over the masked queries, ``batch`` texts at a time.
 
-    As in the representations, positions from a special token on do not count.  A query with one vector has
-    ``cosine`` 1.
+    As in the representations, positions from a special token on do not count; one vector has ``cosine`` 1.
     """
     reader, rows = retriever.reader, []
     for start in range(0, len(texts), batch):
         part = list(texts[start : start + batch])
         lengths = [len(ids) for ids in reader.text_ids(part, "query")[0]]
         rows.append(summaries(reader, *masked_pass(retriever, part)).assign(tokens=lengths))
-    columns = list(FEATURES)[:5]
-    return pd.concat(rows, ignore_index=True)[columns] if rows else pd.DataFrame(columns=columns, dtype=float)
+    return pd.concat(rows, ignore_index=True)[list(FEATURES)[:5]]
 
 
 @torch.inference_mode()
@@ -81,10 +82,7 @@ def summaries(reader: MaskedPositions, hidden: torch.Tensor, logits: torch.Tenso
 
 
 def gap_features(run: Run, query_ids: Sequence[str]) -> pd.DataFrame:
-    """Score gaps at the head of each query's ranking; columns gap_second, gap_tenth.
-
-    0 where fewer than two passages are retrieved or all scores are equal.
-    """
+    """Score gaps at the head of each query's ranking; 0 for fewer than two passages or equal scores."""
     rows = []
     for query in query_ids:
         scores = np.sort(np.array(list(run[query].values()), float))[::-1]
@@ -95,10 +93,7 @@ def gap_features(run: Run, query_ids: Sequence[str]) -> pd.DataFrame:
 
 
 def query_features(study: Study, collection: Collection, pair: tuple[int, int]) -> pd.DataFrame:
-    """Features of a collection's judged queries, from the pass and the hybrid ranking of the pair (Kq, Kp).
-
-    Index (collection, query_id), sorted by query; columns :data:`FEATURES`.
-    """
+    """:data:`FEATURES` of a collection's judged queries at the pair (Kq, Kp); index (collection, query_id), sorted."""
     retriever, ids = study.diffretriever(*pair), sorted(collection.qrels)
     texts = dict(zip(collection.query_ids, collection.queries, strict=True))
 
@@ -113,86 +108,76 @@ def query_features(study: Study, collection: Collection, pair: tuple[int, int]) 
     return frame[list(FEATURES)].astype(float)
 
 
+def _hybrid(grid: pd.DataFrame) -> pd.DataFrame:
+    return grid[(grid["mode"] == SELECTION_MODE) & (grid["metric"] == METRIC)]
+
+
 def count_values(grid: pd.DataFrame, k_passage: int) -> pd.DataFrame:
     """Hybrid nDCG@10 of every query under each Kq at one Kp; index (collection, query_id), columns Kq."""
-    cells = grid[(grid["mode"] == SELECTION_MODE) & (grid["metric"] == METRIC) & (grid["k_passage"] == k_passage)]
-    return cells.pivot(index=_KEYS, columns="k_query", values="value")
+    cells = _hybrid(grid)
+    return cells[cells["k_passage"] == k_passage].pivot(index=_KEYS, columns="k_query", values="value")
 
 
 def feature_correlations(features: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
     """Spearman correlations of the features with a query's need of vectors, ranked within each collection.
 
-    The targets are ``best Kq`` (queries on which all pairs tie left out) and ``large over small Kq`` (nDCG@10 at the
-    largest Kq less that at the smallest, mean over Kp).  Columns feature, target, rho, p, p_corrected (Holm, over the
-    whole table), queries; rho and p are nan where a feature does not vary.
+    Targets: ``best Kq`` (without queries on which all pairs tie) and ``large over small Kq`` (nDCG@10 at the largest Kq
+    less that at the smallest, mean over Kp).  Columns feature, target, rho, p, p_corrected (Holm, over the table) and
+    queries; rho and p are nan where a feature does not vary.
     """
     best = per_query_best(grid)
     best = best[best["ties"] < grid.groupby(PAIR).ngroups].set_index(_KEYS)["k_query"]
-    cells = grid[(grid["mode"] == SELECTION_MODE) & (grid["metric"] == METRIC)]
-    by_count = cells.groupby([*_KEYS, "k_query"])["value"].mean().unstack("k_query")
-    smallest, largest = by_count.columns.min(), by_count.columns.max()
-    targets = {"best Kq": best, "large over small Kq": by_count[largest] - by_count[smallest]}
+    by_count = _hybrid(grid).groupby([*_KEYS, "k_query"])["value"].mean().unstack("k_query")
+    larger = by_count[by_count.columns.max()] - by_count[by_count.columns.min()]
     rows = []
-    for target, values in targets.items():
+    for target, values in {"best Kq": best, "large over small Kq": larger}.items():
         both = features.join(values.rename("target"), how="inner")
         ranks = both.groupby(level="collection").rank(pct=True)
         for feature in features.columns:
             x, y = ranks[feature], ranks["target"]
             varies = len(both) > 2 and x.nunique() > 1 and y.nunique() > 1
             rho, p = stats.spearmanr(x, y) if varies else (np.nan, np.nan)
-            rows.append({"feature": feature, "target": target, "rho": rho, "p": p, "queries": len(both)})
-    table = pd.DataFrame(rows)
-    table["p_corrected"] = holm(table["p"].to_numpy())
-    return table[["feature", "target", "rho", "p", "p_corrected", "queries"]]
+            rows.append((feature, target, rho, p, len(both)))
+    table = pd.DataFrame(rows, columns=["feature", "target", "rho", "p", "queries"])
+    table.insert(4, "p_corrected", holm(table["p"]))
+    return table
 
 
-@dataclass
-class KAllocator:
+class KAllocator(BaseEstimator):
     """Chooses Kq by the predicted gain over a default Kq.
 
-    One ridge regression per other Kq predicts its gain in nDCG@10 over the default; the largest predicted gain is
-    taken if it exceeds a margin.  Penalties and the margin are chosen by cross-validation on the queries that it is
-    fitted to; of margins that do equally well the largest is taken, and an infinite one never leaves the default.
+    A ridge regression per other Kq predicts its gain in nDCG@10 over the default; the largest is taken if it exceeds a
+    margin.  Penalties (:data:`ALPHAS`) and the margin (:data:`MARGINS`; of equally good ones the largest) are chosen by
+    cross-validation, its folds split by ``seed``.
 
-    Margins are in nDCG@10, ``alphas`` are penalties on standardised features, and ``seed`` splits the folds.  Fitted,
-    it has ``counts_`` (the other Kq), ``model_`` (of all queries), ``margin_``, ``out_of_fold_`` (held-out predicted
-    gains, float [n, len(counts_)]), ``r2_`` (by Kq; below 0 is worse than the mean) and ``margin_gains_`` (by margin:
-    held-out mean gain).
+    Fitted: ``counts_`` (the other Kq), ``model_`` (of all queries), ``margin_``, ``out_of_fold_`` (held-out predicted
+    gains, float [n, len(counts_)]), ``r2_`` (by Kq) and ``margin_gains_`` (by margin: held-out mean gain).
     """
 
-    default: int = 4
-    margins: Sequence[float] = (0.0, 0.01, 0.02, 0.05, 0.1, np.inf)
-    alphas: Sequence[float] = (1.0, 10.0, 100.0, 1000.0, 10000.0)
-    folds: int = 10
-    seed: int = 0
+    def __init__(self, default: int = 4, seed: int = 0) -> None:
+        self.default, self.seed = default, seed
 
     def fit(self, features: pd.DataFrame, values: pd.DataFrame) -> KAllocator:
         """Learn from queries of which nDCG@10 under every Kq is known (the columns of ``values``).
 
-        Raises
-        ------
-        ValueError
-            When rows do not fit, the default has no column, or there are fewer than four queries.
+        ValueError when rows do not fit or there are fewer than four queries; KeyError without the default's column.
         """
         if not features.index.equals(values.index):
             raise ValueError("features and values are not of the same queries")
-        if self.default not in values.columns:
-            raise ValueError(f"the default Kq={self.default} has no column; there are {list(values.columns)}")
         if len(features) < 4:
             raise ValueError(f"{len(features)} queries are too few to learn from; at least 4 are needed")
         self.counts_ = [int(k) for k in values.columns if k != self.default]
         self.feature_names_in_ = np.array(features.columns, dtype=object)
         x = features.to_numpy(float)
         gains = values[self.counts_].to_numpy(float) - values[[self.default]].to_numpy(float)
-        model = make_pipeline(StandardScaler(), RidgeCV(list(self.alphas), alpha_per_target=gains.shape[1] > 1))
-        folds = KFold(min(self.folds, len(x)), shuffle=True, random_state=self.seed)
+        model = make_pipeline(StandardScaler(), RidgeCV(ALPHAS, alpha_per_target=gains.shape[1] > 1))
+        folds = KFold(min(10, len(x)), shuffle=True, random_state=self.seed)
         self.out_of_fold_ = cross_val_predict(model, x, gains, cv=folds).reshape(gains.shape)
         self.r2_ = dict(zip(self.counts_, r2_score(gains, self.out_of_fold_, multioutput="raw_values"), strict=True))
         known = np.column_stack([np.zeros(len(x)), gains])
-        self.margin_gains_ = {
-            m: float(known[np.arange(len(x)), self._places(self.out_of_fold_, m)].mean()) for m in self.margins
-        }
-        self.margin_ = max(self.margins, key=lambda m: (round(self.margin_gains_[m], 9), m))
+        taken = {m: known[np.arange(len(x)), self._places(self.out_of_fold_, m)] for m in MARGINS}
+        self.margin_gains_ = {m: float(gained.mean()) for m, gained in taken.items()}
+        self.margin_ = max(MARGINS, key=lambda m: (round(self.margin_gains_[m], 9), m))
         self.model_ = model.fit(x, gains)
         return self
 
@@ -208,66 +193,52 @@ class KAllocator:
 
 
 def allocator_model_table(allocator: KAllocator, values: pd.DataFrame) -> pd.DataFrame:
-    """Describe a fitted allocator, a row for each Kq other than the default; ``values`` are what it was fitted to.
+    """Describe an allocator, a row for each Kq other than the default; ``values`` are those it was fitted to.
 
     Columns k_query, mean_gain (over the default), ties (share of the queries on which it equals the default), r2 (held
     out), alpha, margin, margin_gain (held out), and each feature's coefficient (nDCG@10 for one standard deviation).
     """
     ridge = allocator.model_[-1]
     gains = [values[k] - values[allocator.default] for k in allocator.counts_]
-    table = pd.DataFrame(
-        {
-            "k_query": allocator.counts_,
-            "mean_gain": [gain.mean() for gain in gains],
-            "ties": [np.isclose(gain, 0).mean() for gain in gains],
-            "r2": list(allocator.r2_.values()),
-            "alpha": np.broadcast_to(ridge.alpha_, len(allocator.counts_)),
-            "margin": allocator.margin_,
-            "margin_gain": allocator.margin_gains_[allocator.margin_],
-        }
-    )
+    table = pd.DataFrame({
+        "k_query": allocator.counts_, "mean_gain": [gain.mean() for gain in gains],
+        "ties": [np.isclose(gain, 0).mean() for gain in gains], "r2": list(allocator.r2_.values()),
+        "alpha": ridge.alpha_, "margin": allocator.margin_, "margin_gain": allocator.margin_gains_[allocator.margin_],
+    })  # fmt: skip
     return table.join(pd.DataFrame(np.atleast_2d(ridge.coef_), columns=allocator.feature_names_in_))
 
 
 def allocator_table(
-    values: pd.DataFrame, chosen: pd.Series, default: int, *, resamples: int, seed: int,
-    chance: Mapping[str, float] | None = None,
-) -> pd.DataFrame:  # fmt: skip
+    values: pd.DataFrame, chosen: pd.Series, default: int, *, resamples: int, seed: int, chance: Mapping | None = None
+) -> pd.DataFrame:
     """Compare the allocator with the default Kq and the oracle over Kq.
 
     ``values`` is from :func:`count_values`, ``chosen`` the Kq of every query (ValueError when one has none), and
-    ``chance`` the chance level of the oracle's headroom over Kq by collection.
-
-    Returns
-    -------
-    DataFrame
-        A row for each collection and a last one, ``macro``, their mean.  Columns collection, queries, selected,
-        adaptive, oracle_kq, headroom (oracle_kq less selected), chance, gain (adaptive less selected), closed (gain
-        / headroom; nan without any), closed_low, closed_high (95 % bootstrap interval over queries), p (sign flips,
-        that the macro gain is 0), mean_kq, changed (share that leaves the default); interval and p are macro alone.
+    ``chance`` the chance level of the oracle's headroom over Kq by collection.  A row for each collection, and one for
+    ``macro``, their mean.  Columns collection, queries, selected, adaptive, oracle_kq, headroom (oracle_kq less
+    selected), chance, gain (adaptive less selected), closed (gain / headroom; nan without any), closed_low, closed_high
+    (95 % bootstrap interval over queries), p (sign flips, that the gain is 0), mean_kq and changed (share that leaves
+    the default); interval and p are of macro alone.
     """
     chosen = chosen.reindex(values.index)
     if chosen.isna().any():
         raise ValueError(f"no Kq was chosen for {int(chosen.isna().sum())} of {len(values)} queries")
-    places = values.columns.get_indexer(chosen.astype(int))
-    taken = values.to_numpy()[np.arange(len(values)), places]
+    taken = values.to_numpy()[np.arange(len(values)), values.columns.get_indexer(chosen.astype(int))]
     frame = pd.DataFrame({"selected": values[default], "adaptive": taken, "oracle_kq": values.max(axis=1)})
     frame["headroom"], frame["gain"] = frame["oracle_kq"] - frame["selected"], frame["adaptive"] - frame["selected"]
-    frame["mean_kq"], frame["changed"] = chosen.astype(float), (chosen != default).astype(float)
-    groups = frame.groupby(level="collection", sort=False)
-    table = groups.mean()
-    table.insert(0, "queries", groups.size())
-    table["chance"] = pd.Series(dict(chance or {}), dtype=float).reindex(table.index)
-    table = pd.concat([table, table.mean().to_frame("macro").T.assign(queries=len(frame))]).astype({"queries": int})
+    frame["mean_kq"], frame["changed"] = chosen, chosen != default
+    groups = frame.astype(float).groupby(level="collection", sort=False)
+    table = groups.mean().assign(chance=pd.Series(chance or {}, dtype=float))
+    table.loc["macro"] = table.mean()
+    table["queries"] = [*groups.size(), len(frame)]
     # of a collection or a mean without headroom there is nothing to close
-    table["closed"] = (table["gain"] / table["headroom"].where(table["headroom"] > 1e-12)).astype(float)
+    table["closed"] = table["gain"] / table["headroom"].where(table["headroom"] > 1e-12)
     parts = {c: (g["gain"].to_numpy(), g["headroom"].to_numpy()) for c, g in groups}
-    bounds = _closed_interval(list(parts.values()), resamples, seed)
     p = macro_randomization_p({c: gain for c, (gain, _) in parts.items()}, resamples, seed)
-    for name, value in zip(("closed_low", "closed_high", "p"), (*bounds, p), strict=True):
-        table[name] = np.where(table.index == "macro", value, np.nan)
-    order = ["queries", "selected", "adaptive", "oracle_kq", "headroom", "chance", "gain", "closed", "closed_low",
-             "closed_high", "p", "mean_kq", "changed"]  # fmt: skip
+    macro_alone = ["closed_low", "closed_high", "p"]
+    table.loc["macro", macro_alone] = (*_closed_interval(list(parts.values()), resamples, seed), p)
+    order = ["queries", "selected", "adaptive", "oracle_kq", "headroom", "chance", "gain", "closed", *macro_alone,
+             "mean_kq", "changed"]  # fmt: skip
     return table[order].rename_axis("collection").reset_index()
 
 
@@ -277,10 +248,9 @@ def _closed_interval(parts: Sequence[tuple[np.ndarray, np.ndarray]], resamples: 
         return float("nan"), float("nan")
 
     def share(*drawn: np.ndarray, axis: int = -1) -> np.ndarray:
-        gain, headroom = (
-            sum(part[side][i.astype(int)].mean(axis) for part, i in zip(parts, drawn, strict=True)) for side in (0, 1)
-        )
-        return np.where(headroom > 0, gain / np.where(headroom > 0, headroom, 1), 0.0)
+        both = list(zip(parts, drawn, strict=True))
+        gain, headroom = (sum(part[side][i.astype(int)].mean(axis) for part, i in both) for side in (0, 1))
+        return np.divide(gain, headroom, out=np.zeros_like(gain), where=headroom > 0)
 
     # places are drawn, so that a query's gain and headroom stay together
     interval = stats.bootstrap(
@@ -291,11 +261,11 @@ def _closed_interval(parts: Sequence[tuple[np.ndarray, np.ndarray]], resamples: 
 
 
 def allocator_latency(study: Study, texts: Sequence[str], pair: tuple[int, int], chosen: Sequence[int]) -> pd.DataFrame:
-    """Milliseconds that the allocator costs a query, read alone.
+    """Milliseconds that the allocator costs a query, read alone; searching is not in it.
 
-    ``pair`` is (Kq, Kp) with the default Kq, and ``chosen`` the Kq that the allocator gives each of the texts.  Columns
-    step, queries, median_ms, q25_ms, q75_ms, mean_ms; the steps: one pass (what a fixed Kq costs), the features'
-    arithmetic, and the whole (with a second pass where Kq changes).  Searching is not in it.
+    ``pair`` is (Kq, Kp) with the default Kq, and ``chosen`` the allocator's Kq for each text.  Columns step, queries,
+    median_ms, q25_ms, q75_ms, mean_ms; the steps: one pass (what a fixed Kq costs), the features' arithmetic, and the
+    whole (with a second pass where Kq changes).
     """
     default, k_passage = pair
     retrievers = {k: study.diffretriever(k, k_passage) for k in {default, *map(int, chosen)}}
@@ -309,10 +279,10 @@ def allocator_latency(study: Study, texts: Sequence[str], pair: tuple[int, int],
         features = seconds(lambda found=found: summaries(reader, *found), device)
         second = seconds(lambda text=text, k=k: masked_pass(retrievers[k], [text]), device) if k != default else 0.0
         times.append((first, features, first + features + second))
-    steps = dict(zip(("one pass at the default Kq", "features", "allocator"), 1000 * np.array(times).T, strict=True))
-    rows = [(step, len(texts), *quartiles(ms), ms.mean()) for step, ms in steps.items()]
-    table = pd.DataFrame(rows, columns="step queries q25_ms median_ms q75_ms mean_ms".split())
-    return table[["step", "queries", "median_ms", "q25_ms", "q75_ms", "mean_ms"]]
+    ms = 1000 * np.array(times)
+    low, median, high = np.quantile(ms, [0.25, 0.5, 0.75], axis=0)
+    steps = {"step": ["one pass at the default Kq", "features", "allocator"], "queries": len(texts)}
+    return pd.DataFrame(steps | {"median_ms": median, "q25_ms": low, "q75_ms": high, "mean_ms": ms.mean(0)})
 
 
 def allocator_summary(table: pd.DataFrame, learned: pd.DataFrame, latency: pd.DataFrame) -> str:
@@ -321,14 +291,13 @@ def allocator_summary(table: pd.DataFrame, learned: pd.DataFrame, latency: pd.Da
     verdict = ("a gain" if macro["gain"] > 0 else "a loss") if macro["p"] < 0.05 else "no clear difference"
     if not macro["changed"]:
         verdict = "it never leaves the default, as cross-validation found no margin that pays"
-    exceeds = "exceeds" if macro["chance"] > macro["headroom"] else "is part of"
     return f"""\
 - The allocator changes {macro["changed"]:.0%} of the queries (mean Kq {macro["mean_kq"]:.1f}) and moves macro nDCG@10
   by **{macro["gain"]:+.4f}** (p = {macro["p"]:.3g}): {verdict}.
-- It closes **{macro["closed"]:.1%}** [{macro["closed_low"]:.1%}, {macro["closed_high"]:.1%}] of the headroom. Chance
-  ({macro["chance"]:.3f}) {exceeds} the headroom ({macro["headroom"]:.3f}).
-- Best held-out R² is {r2:.2f}, {"worse" if r2 < 0 else "no worse"} than the mean. On {learned["ties"].mean():.0%} of
-  the training queries another Kq gives the default's nDCG@10. The margin is {learned["margin"].iloc[0]:g}, with a
-  held-out gain of {learned["margin_gain"].iloc[0]:+.4f}.
+- It closes **{macro["closed"]:.1%}** [{macro["closed_low"]:.1%}, {macro["closed_high"]:.1%}] of the headroom
+  ({macro["headroom"]:.3f}; by chance {macro["chance"]:.3f}).
+- Best held-out R² is {r2:.2f} (0: no better than the mean). On {learned["ties"].mean():.0%} of the training queries
+  another Kq gives the default's nDCG@10. The margin {learned["margin"].iloc[0]:g} gains
+  {learned["margin_gain"].iloc[0]:+.4f} held out.
 - Reading a query costs {cost["allocator"]:.1f} ms on average and {cost["one pass at the default Kq"]:.1f} ms at a
   fixed Kq; the features take {cost["features"]:.2f} ms."""

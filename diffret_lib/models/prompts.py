@@ -6,16 +6,14 @@ A prompt has a constant left part, the text, and a constant right part::
     user       Passage: "<text>". Use a few words to represent the passage in a retrieval task. ...
     assistant  The words are: "[MASK][MASK]...  + tail (diffusion only): `"`, end of turn, end of sequence
 
-The three parts are tokenised apart.  So the text is plain text whatever it holds (a special token of the
-chat template in it is spelled out), truncation takes tokens of the text alone, and the left part is the
-same ids for all texts, which lets an autoregressive model compute it once.
+The three parts are tokenised apart.  So a special token in the text is spelled out, truncation takes tokens of the text
+alone, and the left part is the same ids for all texts, which lets an autoregressive model compute it once.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -44,68 +42,36 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-@dataclass(frozen=True)
 class RetrievalPrompt:
-    """Prompt ids of one side and one wording.
+    """Prompt ids of one side; ``few_words`` asks for a few words (K > 1), otherwise for one (K = 1).
 
-    Parameters
-    ----------
-    tokenizer : PreTrainedTokenizerBase
-        With a chat template.
-    side : {"query", "passage"}
-    few_words : bool
-        ``False`` asks for one word (K = 1), ``True`` for a few (K > 1).
+    ``left`` holds the ids before the text, ``right`` those after it, with the quote that opens the answer.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    side: Side
-    few_words: bool
-
-    def __post_init__(self) -> None:
-        if self.side not in SIDES:
-            raise ValueError(f"side must be 'query' or 'passage', not {self.side!r}")
-
-    @cached_property
-    def _parts(self) -> tuple[str, str]:
-        words = "words are" if self.few_words else "word is"
-        user = USER.format(
-            Side=self.side.capitalize(), side=self.side, text=_SLOT, words=words,
-            amount="a few words" if self.few_words else "one word",
-        )  # fmt: skip
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, side: Side, few_words: bool) -> None:
+        if side not in SIDES:
+            raise ValueError(f"side must be 'query' or 'passage', not {side!r}")
+        amount, words = ("a few words", "words are") if few_words else ("one word", "word is")
+        user = USER.format(Side=side.capitalize(), side=side, text=_SLOT, words=words, amount=amount)
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
-        prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         left, slot, right = prompt.partition(_SLOT)
         if not slot:
             raise ValueError("the chat template does not keep the user's message as it is")
-        return left, right + ASSISTANT.format(words=words)
-
-    @cached_property
-    def left(self) -> tuple[int, ...]:
-        """Ids before the text."""
-        return tuple(self.tokenizer(self._parts[0], add_special_tokens=False)["input_ids"])
-
-    @cached_property
-    def right(self) -> tuple[int, ...]:
-        """Ids after the text, up to and including the quote that opens the answer."""
-        return tuple(self.tokenizer(self._parts[1], add_special_tokens=False)["input_ids"])
+        self.tokenizer, right = tokenizer, right + ASSISTANT.format(words=words)
+        self.left, self.right = (tuple(tokenizer(x, add_special_tokens=False)["input_ids"]) for x in (left, right))
 
     @cached_property
     def tail(self) -> tuple[int, ...]:
         """Closing ids after the masks: the quote, the end of the turn, and end-of-sequence."""
-        quote = self.tokenizer(QUOTE, add_special_tokens=False)["input_ids"][0]
-        return quote, end_of_turn_id(self.tokenizer), self.tokenizer.eos_token_id
+        turn = self.tokenizer.apply_chat_template([{"role": "user", "content": _SLOT}], tokenize=False)
+        end, eos = turn.partition(_SLOT)[2], self.tokenizer.eos_token_id
+        quote, end_ids = (self.tokenizer(x, add_special_tokens=False)["input_ids"] for x in (QUOTE, end))
+        return quote[0], end_ids[0] if end_ids else eos, eos
 
     def ids(self, texts: Sequence[str], max_text_tokens: int) -> list[list[int]]:
         """Prompt ids up to the opening quote; each text cut to ``max_text_tokens`` tokens."""
-        left, right = list(self.left), list(self.right)
-        return [left + ids[:max_text_tokens] + right for ids in encode_plain(self.tokenizer, texts)]
-
-
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the token with which the chat template closes a turn."""
-    turn = tokenizer.apply_chat_template([{"role": "user", "content": _SLOT}], tokenize=False)
-    ids = tokenizer(turn.partition(_SLOT)[2], add_special_tokens=False)["input_ids"]
-    return ids[0] if ids else tokenizer.eos_token_id
+        return [[*self.left, *ids[:max_text_tokens], *self.right] for ids in encode_plain(self.tokenizer, texts)]
 
 
 def content_words(text: str) -> list[str]:
@@ -114,11 +80,10 @@ def content_words(text: str) -> list[str]:
 
 
 class ContentTokens:
-    """Token ids of a text's content words, each word tokenised alone (the filter of the sparse side)."""
+    """Sorted token ids of a text's content words, each word tokenised alone (the filter of the sparse side)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._word_ids = lru_cache(maxsize=200_000)(lambda word: encode_plain(tokenizer, [word])[0])
 
     def __call__(self, text: str) -> list[int]:
-        """Sorted ids without duplicates."""
         return sorted({i for word in content_words(text) for i in self._word_ids(word)})

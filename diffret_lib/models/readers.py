@@ -1,15 +1,8 @@
 """Readers: modules of sentence-transformers, each a way to turn a text into dense vectors and sparse weights.
 
-===========================  =========================================================================
-:class:`MaskedPositions`     DiffRetriever: K masked positions after the prompt, one forward pass
-:class:`NextTokens`          PromptReps: the last prompt token, and tokens decoded one after another
-:class:`MeanOfTokens`        DiffEmbed (diffusion) and mean pooling (autoregressive): no prompt, no mask
-:class:`LastToken`           RepLLaMA: the end-of-sequence token after "query: ..." or "passage: ..."
-===========================  =========================================================================
-
-A reader writes ``token_embeddings`` [batch, K, H] and ``attention_mask`` [batch, K] (1 where a vector counts), so that
-it is a whole ``MultiVectorEncoder``, and ``sentence_embedding`` [batch, V] (the sparse weights), so that it is a whole
-``SparseEncoder``; both come out of the same forward pass.
+One forward pass writes ``token_embeddings`` [batch, K, H] and ``attention_mask`` [batch, K] (1 where a vector counts):
+the reader is a whole ``MultiVectorEncoder``; and ``sentence_embedding`` [batch, V], the sparse weights: it is a whole
+``SparseEncoder``.
 """
 
 from __future__ import annotations
@@ -26,26 +19,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from diffret_lib.models.prompts import ContentTokens, RetrievalPrompt, Side, encode_plain
 
-#: Rows of [batch * K, V] logits that are held at once.
-_HEAD_ROWS = 512
+_HEAD_ROWS = 512  # of [batch * K, V] logits that are held at once
 
 
 class Reader(InputModule):
     """Base of the readers: the language model, the sparse side, saving and loading.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        A causal LM of transformers; a diffusion LM has ``config.is_causal`` false.
-    tokenizer : PreTrainedTokenizerBase
-    max_query_tokens, max_passage_tokens : int
-        Tokens of the text that are read; the rest is cut.  A ``ValueError`` says which number is too small.
+    ``model`` is a causal LM of transformers; a diffusion LM has ``config.is_causal`` false.  ``max_query_tokens`` and
+    ``max_passage_tokens`` of a text are read, the rest is cut.  A ``ValueError`` says which number is too small.
     """
 
     config_file_name = "reader_config.json"
     config_keys = ["max_query_tokens", "max_passage_tokens"]
-    #: Whether ``sentence_embedding`` is written.
-    has_sparse = True
+    has_sparse = True  # whether ``sentence_embedding`` is written
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_query_tokens: int = 64,
@@ -59,7 +45,6 @@ class Reader(InputModule):
         self.register_buffer("special_ids", torch.tensor(sorted(special | set(tokenizer.all_special_ids))), False)
 
     def _set_counts(self, least: int, **counts: int) -> None:
-        """Set attributes that are whole numbers of at least ``least``."""
         for name, value in counts.items():
             if not isinstance(value, Integral) or value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value!r}")
@@ -78,11 +63,9 @@ class Reader(InputModule):
         return self.model.get_output_embeddings().weight.shape[0]
 
     def max_text_tokens(self, side: Side) -> int:
-        """Number of tokens of a text that are read."""
         return self.max_query_tokens if side == "query" else self.max_passage_tokens
 
-    def get_embedding_dimension(self) -> int:
-        """Return the hidden size; sentence-transformers asks for it by this name."""
+    def get_embedding_dimension(self) -> int:  # the name in sentence-transformers
         return self.hidden_size
 
     def preprocess(self, inputs: list[str], prompt: str | None = None, task: str | None = None, **kwargs: Any):
@@ -95,8 +78,7 @@ class Reader(InputModule):
         return self.features([(prompt or "") + text for text in inputs], "query" if task == "query" else "passage")
 
     def text_ids(self, texts: list[str], side: Side) -> tuple[list[list[int]], Tensor]:
-        """Ids of the cut texts, and the ids of their content words (of what is left after the cut) as int64
-        [batch, C], filled up with -1."""
+        """Ids of the cut texts, and those of the content words left after the cut: int64 [batch, C], padded with -1."""
         limit = self.max_text_tokens(side)
         ids, content = encode_plain(self.tokenizer, texts), []
         for text, row in zip(texts, ids, strict=True):
@@ -125,35 +107,25 @@ class Reader(InputModule):
         return self.model.get_output_embeddings()(hidden)
 
     def read(self, hidden: Tensor, valid: Tensor | None = None, content_ids: Tensor | None = None) -> dict[str, Tensor]:
-        """Normalise the vectors and make the sparse weights.
+        """Normalise the vectors [batch, K, H], and make the sparse weights where there are ``content_ids``.
 
-        Parameters
-        ----------
-        hidden : Tensor [batch, K, H]
-        valid : bool Tensor [batch, K], optional
-        content_ids : int64 Tensor [batch, C], -1 where a text has fewer content tokens; None: no sparse side
-
-        Returns
-        -------
-        dict
-            ``token_embeddings`` float [batch, K, H], zero where not valid; ``attention_mask`` int [batch, K];
-            with a sparse side ``sentence_embedding`` float [batch, V] and ``predicted_ids`` int [batch, K].
+        ``valid`` is bool [batch, K], ``content_ids`` int64 [batch, C].  Returns ``token_embeddings`` float
+        [batch, K, H], zero where not valid, ``attention_mask`` int [batch, K], and for a sparse side
+        ``sentence_embedding`` float [batch, V] and ``predicted_ids`` int [batch, K].
         """
-        out: dict[str, Tensor] = {}
+        out = {}
         if valid is None:
             valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         if content_ids is not None:
-            greedy, sparse = [], []
+            greedy, sparse, counts = [], [], []
             step = max(1, _HEAD_ROWS // hidden.shape[1])
-            for start in range(0, len(hidden), step):
-                part = slice(start, start + step)
-                logits = self.logits(hidden[part])
+            for vectors, given, content in zip(hidden.split(step), valid.split(step), content_ids.split(step)):
+                logits = self.logits(vectors)
                 greedy.append(logits.argmax(-1))
-                ok = valid[part] & self.before_special(greedy[-1])
-                sparse.append(self.sparse_weights(logits, ok, content_ids[part]))
-            out["predicted_ids"] = torch.cat(greedy)
-            out["sentence_embedding"] = torch.cat(sparse)
-            valid = valid & self.before_special(out["predicted_ids"])
+                counts.append(given & self.before_special(greedy[-1]))
+                sparse.append(self.sparse_weights(logits, counts[-1], content))
+            out = {"predicted_ids": torch.cat(greedy), "sentence_embedding": torch.cat(sparse)}
+            valid = torch.cat(counts)
         out["token_embeddings"] = F.normalize(hidden.float(), dim=-1) * valid[..., None]
         out["attention_mask"] = valid.long()
         return out
@@ -173,49 +145,41 @@ class Reader(InputModule):
         return out.scatter_reduce(1, content_ids.clamp(min=0), weights, "amax")
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Weights (safetensors), tokenizer and the reader's settings into one folder."""
         self.model.save_pretrained(output_path)
         self.save_tokenizer(output_path)
         self.save_config(output_path)
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> Reader:
-        """Load what :meth:`save` wrote, from a folder or from the hub."""
+        """Load what :meth:`save` wrote (weights, tokenizer, settings), from a folder or from the hub."""
         hub = {k: kwargs[k] for k in ("token", "cache_folder", "revision", "local_files_only") if k in kwargs}
         config = cls.load_config(model_name_or_path, subfolder=subfolder, **hub)
         if not config:
             raise FileNotFoundError(f"{model_name_or_path} has no {cls.config_file_name}: it does not hold a reader")
-        hub["cache_dir"] = hub.pop("cache_folder", None)
-        model = AutoModelForCausalLM.from_pretrained(model_name_or_path, subfolder=subfolder, **hub)
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, subfolder=subfolder, **hub)
+        hub |= {"cache_dir": hub.pop("cache_folder", None), "subfolder": subfolder}
+        model = AutoModelForCausalLM.from_pretrained(model_name_or_path, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **hub)
         return cls(model.eval(), tokenizer, **config)
 
 
 class MaskedPositions(Reader):
     """DiffRetriever's reader: the prompt, K mask tokens, the tail; one forward pass (arXiv 2605.07210, section 3).
 
-    Parameters
-    ----------
-    mask_id : int
-    k_query, k_passage : int
-        Number of masks for a query and for a passage (Kq, Kp).  K = 1 asks for one word, K > 1 for a few.
-    prediction_shift : bool
-        ``True`` reads token i at position i - 1, as models adapted from an autoregressive LM predict it (Dream);
-        ``False`` at position i.  The vectors are the hidden states at the positions that are read.
+    ``k_query`` and ``k_passage`` are the numbers of masks (Kq, Kp); K = 1 asks for one word, K > 1 for a few.  With
+    ``prediction_shift`` token i is read at position i - 1, as models adapted from an autoregressive LM predict it
+    (Dream), otherwise at position i.  The vectors are the hidden states at the positions that are read.
     """
 
     config_keys = [*Reader.config_keys, "mask_id", "k_query", "k_passage", "prediction_shift"]
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, mask_id: int, k_query: int = 1,
-        k_passage: int = 1, prediction_shift: bool = True, **kwargs: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(model, tokenizer, **kwargs)
+        self, *args: Any, mask_id: int, k_query: int = 1, k_passage: int = 1, prediction_shift: bool = True, **kw: Any
+    ) -> None:
+        super().__init__(*args, **kw)
         self._set_counts(1, k_query=k_query, k_passage=k_passage)
         self.mask_id, self.prediction_shift = mask_id, prediction_shift
 
     def mask_count(self, side: Side) -> int:
-        """K of a side."""
         return self.k_query if side == "query" else self.k_passage
 
     def features(self, texts: list[str], side: Side) -> dict[str, Any]:
@@ -243,22 +207,15 @@ class MaskedPositions(Reader):
 class NextTokens(Reader):
     """PromptReps' reader (arXiv 2404.18424): the last prompt token; then greedy decoding, a vector a token.
 
-    Vector 0 is the last prompt token's, vector j the one after the j-th decoded token.  Decoding ends at the
-    closing quote, at a special token, or after ``max_new_tokens`` tokens.  The left part of the prompt is computed
-    once.  Where gradients are wanted, one pass over prompt and decoded tokens reads the same positions.
-
-    Parameters
-    ----------
-    max_new_tokens : int
-        0: a single vector, and the prompt asks for one word.  N > 0: up to 1 + N vectors, a few words.
+    Vector 0 is the last prompt token's, vector j the one after the j-th decoded token.  Decoding ends at the closing
+    quote, at a special token, or after ``max_new_tokens`` of them; with 0 the prompt asks for one word.  The left part
+    of the prompt is computed once.  With gradients, one pass over prompt and decoded tokens reads the same positions.
     """
 
     config_keys = [*Reader.config_keys, "max_new_tokens"]
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int = 0, **kwargs: Any
-    ) -> None:
-        super().__init__(model, tokenizer, **kwargs)
+    def __init__(self, *args: Any, max_new_tokens: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._set_counts(0, max_new_tokens=max_new_tokens)
         self._left: dict[tuple, DynamicCache] = {}
         self._ends_answer: dict[int, bool] = {}
@@ -301,9 +258,7 @@ class NextTokens(Reader):
     def decode(self, features: dict[str, Any], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Greedy decoding with a key-value cache: hidden states [batch, 1 + N, H], which of them there are
         (bool [batch, 1 + N]), and the decoded tokens (int64 [batch, N], padding where there are none)."""
-        ids, mask = features["input_ids"], features["attention_mask"]
-        left = torch.ones(len(ids), len(features["left_ids"]), dtype=mask.dtype, device=mask.device)
-        mask = torch.cat([left, mask], 1)
+        ids, mask = features["input_ids"], F.pad(features["attention_mask"], (len(features["left_ids"]), 0), value=1)
         cache = self.left_cache(features["left_ids"], len(ids), keep)
         last = self.body(ids, mask, past=cache)[:, -1]
         hidden = last.new_zeros(len(ids), 1 + self.max_new_tokens, last.shape[-1])
@@ -326,9 +281,8 @@ class NextTokens(Reader):
 
     def teacher_forced(self, features: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The hidden states of :meth:`decode` from one pass with gradients, and which of them there are."""
-        ids, mask = features["input_ids"], features["attention_mask"]
-        left = torch.tensor([features["left_ids"]], device=ids.device).expand(len(ids), -1)
-        ids, mask = torch.cat([left, ids], 1), torch.cat([torch.ones_like(left), mask], 1)
+        ids, mask = features["input_ids"], F.pad(features["attention_mask"], (len(features["left_ids"]), 0), value=1)
+        ids = torch.cat([torch.tensor([features["left_ids"]], device=ids.device).expand(len(ids), -1), ids], 1)
         valid, longest = torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device), 0
         if self.max_new_tokens:
             with torch.no_grad():
@@ -340,15 +294,12 @@ class NextTokens(Reader):
         return F.pad(hidden, (0, 0, 0, valid.shape[1] - hidden.shape[1])), valid
 
     def before_special(self, predicted_ids: Tensor) -> Tensor:
-        """Decoding has ended before a special token is read; every vector that there is counts."""
-        return torch.ones_like(predicted_ids, dtype=torch.bool)
+        return torch.ones_like(predicted_ids, dtype=torch.bool)  # decoding ends before a special token is read
 
 
 class MeanOfTokens(Reader):
-    """The mean of the last hidden states over the text's tokens: no prompt, no mask, no sparse side.
-
-    It is DiffEmbed (arXiv 2505.15045) on a diffusion LM; an empty text is read as one end-of-sequence token.
-    """
+    """The mean of the last hidden states over the text's tokens (DiffEmbed, arXiv 2505.15045): no prompt, no mask, no
+    sparse side.  An empty text is read as one end-of-sequence token."""
 
     has_sparse = False
 
@@ -363,13 +314,13 @@ class MeanOfTokens(Reader):
 
 class LastToken(Reader):
     """RepLLaMA's reader (arXiv 2310.08319): the last token's hidden state of ``query: <text></s>`` or ``passage:
-    <text></s>``; no sparse side.  The text is tokenised with the space before it, as in one piece with the rest."""
+    <text></s>``; no sparse side."""
 
     has_sparse = False
 
     def features(self, texts: list[str], side: Side) -> dict[str, Any]:
         (left,) = encode_plain(self.tokenizer, [f"{side}:"])
-        ids, _ = self.text_ids([" " + text for text in texts], side)
+        ids, _ = self.text_ids([" " + text for text in texts], side)  # as in one piece with what is before it
         return self.pad_left([[*left, *row, self.tokenizer.eos_token_id] for row in ids])
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

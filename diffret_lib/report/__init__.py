@@ -25,9 +25,8 @@ def start(
 ) -> tuple[Any, Results]:
     """Start a notebook: return its :class:`~diffret_lib.experiments.study.Study` and the folder of its results.
 
-    The parameters are those of :func:`~diffret_lib.config.load_profile` and :class:`Results`, and so are the errors:
-    ``ProfileError`` for a profile or collection that cannot be used, ``StorageError`` for a folder that cannot be
-    written.  The peak memory of the process (bytes) is written to the file that ``DIFFRET_PEAK_FILE`` names.
+    Parameters and errors are those of :func:`~diffret_lib.config.load_profile` and :class:`Results`.  The peak memory
+    of the process (bytes) is written to the file that ``DIFFRET_PEAK_FILE`` names.
     """
     from diffret_lib.experiments.study import Study  # results alone do without torch
 

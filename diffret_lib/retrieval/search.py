@@ -23,51 +23,39 @@ RANK_MODES = ("dense", "mean", "sparse", "hybrid")
 #: The mode in which pairs (Kq, Kp) are selected and negatives are mined.
 SELECTION_MODE = "hybrid"
 
+#: Scores, float (n_queries, k), descending in each row; indices of passages, int64 of the same shape, -1 for none.
+Ranking = tuple[np.ndarray, np.ndarray]
+_Best = tuple[torch.Tensor, torch.Tensor]
 
-_Top = Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
 
-
-def whole_number(name: str, value: int, least: int = 1, most: int = 2**31 - 1) -> int:
-    """``value``, or a ValueError that names it where it is no whole number of ``least`` to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
-        raise ValueError(f"{name} must be a whole number of {least} to {most}, not {value!r}")
+def whole_number(name: str, value: int) -> int:
+    """Return ``value``, or raise a ValueError that names it where it is no whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value < 2**31:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
     return int(value)
 
 
-def maxsim_search(
-    queries: Representations, passages: Representations, top_k: int, block: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def maxsim_search(queries: Representations, passages: Representations, top_k: int) -> Ranking:
     """Find the best passages by MaxSim: the sum over query vectors of the largest dot product with a passage's vectors.
 
     Each largest dot product is clamped at 0 from below, as the paper's reference does.  So a text's missing
-    vectors, which are zero, change no score.  ``block`` is the number of passages that are scored at once.
-
-    Returns
-    -------
-    scores : ndarray of float32, shape (n_queries, min(top_k, n_passages))
-    indices : ndarray of int64, of the same shape
-
-    Raises
-    ------
-    ValueError
-        When a side has no dense vectors, their sizes differ, or scores are not finite.
+    vectors, which are zero, change no score.  Scores are float32.  ValueError: a side has no dense vectors, their
+    sizes differ, or scores are not finite.
     """
     _check(queries, passages, "dense")
     kq, kp = queries.vectors, passages.vectors
     vectors = torch.from_numpy(_filled(queries)).flatten(0, 1)
 
-    def top(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def top(rows: slice) -> _Best:
         part = torch.from_numpy(_filled(passages, rows))
         products = vectors @ part.flatten(0, 1).T  # [nq * Kq, rows * Kp]
         best = products.view(len(vectors), len(part), kp).amax(2) if kp > 1 else products
         return _top(best.clamp_(min=0).view(len(queries), kq, len(part)).sum(1), top_k, rows)
 
-    return _merge_blocks(top, len(queries), len(passages), top_k, block or BLOCK // max(1, len(vectors) * kp))
+    return _merge_blocks(top, len(queries), len(passages), top_k, len(vectors) * kp)
 
 
-def single_search(
-    queries: Representations, passages: Representations, top_k: int, block: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def single_search(queries: Representations, passages: Representations, top_k: int) -> Ranking:
     """Find the best passages by the dot product of the means of each side's vectors; else as :func:`maxsim_search`.
 
     A faiss index finds the passages; their scores, and so their order, are those of one matrix product.
@@ -75,37 +63,31 @@ def single_search(
     _check(queries, passages, "dense")
     vectors = np.ascontiguousarray(mean_vectors(queries))
 
-    def top(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def top(rows: slice) -> _Best:
         part, index = np.ascontiguousarray(mean_vectors(passages, rows)), faiss.IndexFlatIP(vectors.shape[1])
         _check_finite(vectors.sum() + part.sum(1), rows)
         index.add(part)
-        depth = min(top_k, len(part))
-        scores, found = index.search(vectors, depth)
-        # faiss keeps any of the passages that tie at the cut: search deeper until the last is below all ties
-        while depth < len(part) and (scores[:, top_k - 1] - scores[:, -1] <= TIE * abs(scores[:, 0])).any():
-            depth = min(2 * depth, len(part))
-            scores, found = index.search(vectors, depth)
+        depth, tied = top_k, True
+        while tied:  # faiss keeps any of the passages that tie at the cut: search deeper, until the last is below them
+            scores, found = index.search(vectors, min(depth, len(part)))
+            tied = depth < len(part) and (scores[:, top_k - 1] - scores[:, -1] <= TIE * abs(scores[:, 0])).any()
+            depth *= 2
         found = np.unique(found)
         scores, places = _top(torch.from_numpy(vectors) @ torch.from_numpy(part[found]).T, top_k, rows)
         return scores, torch.from_numpy(found)[places]
 
-    size = max(len(queries), passages.vectors * passages.dense.shape[2])
-    return _merge_blocks(top, len(queries), len(passages), top_k, block or BLOCK // max(1, size))
+    size = max(len(queries), passages.vectors * vectors.shape[1])
+    return _merge_blocks(top, len(queries), len(passages), top_k, size)
 
 
-def sparse_search(
-    queries: Representations, passages: Representations, top_k: int, block: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Find the best passages by the dot product of the sparse weights; otherwise :func:`maxsim_search`.
-
-    Passages that share no term with the query are there too, with the score 0, where ``top_k`` reaches them.
-    """
+def sparse_search(queries: Representations, passages: Representations, top_k: int) -> Ranking:
+    """Find the best passages by the dot product of the sparse weights, also those of score 0."""
     _check(queries, passages, "sparse")
 
-    def top(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def top(rows: slice) -> _Best:
         return _top(torch.from_numpy((queries.sparse @ passages.sparse[rows].T).toarray()), top_k, rows)
 
-    return _merge_blocks(top, len(queries), len(passages), top_k, block or BLOCK // max(1, len(queries)))
+    return _merge_blocks(top, len(queries), len(passages), top_k, len(queries))
 
 
 def mean_vectors(side: Representations, rows: slice = slice(None)) -> np.ndarray:
@@ -117,29 +99,24 @@ def mean_vectors(side: Representations, rows: slice = slice(None)) -> np.ndarray
 
 
 def _filled(side: Representations, rows: slice = slice(None)) -> np.ndarray:
-    """Dense vectors [n, K, H] in memory, of which the missing are zero whatever the array holds there."""
+    """Dense vectors [n, K, H] in memory, as torch takes them."""
     part = np.ascontiguousarray(side.dense[rows])
-    missing = np.arange(part.shape[1]) >= side.lengths[rows][:, None]
-    if missing.any() and part[missing].any():
-        part = np.where(missing[..., None], np.float32(0), part)
     return part if part.flags.writeable else part.copy()
 
 
 def _check(queries: Representations, passages: Representations, side: str) -> None:
-    shapes = []
-    for name, texts in (("queries", queries), ("passages", passages)):
-        if getattr(texts, side) is None:
-            raise ValueError(f"the {name} have no {side} side")
-        shapes.append(getattr(texts, side).shape)
-    if shapes[0][-1] != shapes[1][-1]:
-        raise ValueError(f"the widths of the {side} sides differ: queries {shapes[0]} and passages {shapes[1]}")
+    asked, held = getattr(queries, side), getattr(passages, side)
+    if asked is None or held is None:
+        raise ValueError(f"the {'queries' if asked is None else 'passages'} have no {side} side")
+    if asked.shape[-1] != held.shape[-1]:
+        raise ValueError(f"the widths of the {side} sides differ: queries {asked.shape} and passages {held.shape}")
 
 
-def _merge_blocks(top: _Top, n_queries: int, n: int, top_k: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Best of all passages from the best of each block."""
+def _merge_blocks(top: Callable[[slice], _Best], n_queries: int, n: int, top_k: int, size: int) -> Ranking:
+    """Best of all passages from the best of each block; ``size`` is what a passage takes of :data:`BLOCK`."""
     whole_number("top_k", top_k)
     best = torch.empty(n_queries, 0), torch.empty(n_queries, 0, dtype=torch.int64)
-    block = max(1, block)
+    block = max(1, BLOCK // max(1, size))
     for start in range(0, n if n_queries else 0, block):
         scores, indices = top(slice(start, min(start + block, n)))
         # what is kept stands before the new, so that of equal scores the lower index stays
@@ -154,13 +131,12 @@ def _check_finite(scores: np.ndarray, rows: slice) -> None:
         raise ValueError(f"scores of the passages {rows.start}..{rows.stop} are not finite")
 
 
-def _top(scores: torch.Tensor, top_k: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+def _top(scores: torch.Tensor, top_k: int, rows: slice) -> _Best:
     """The ``top_k`` columns of each row, by score and then by column."""
     _check_finite(scores.numpy(), rows)
     places = torch.arange(scores.shape[1]).expand(len(scores), -1)
     if scores.shape[1] > 4 * top_k:
-        # a stable sort of all is slow, and torch.topk picks any of equal scores: so the threshold is
-        # found first; of the columns that equal it, the first fill the rest
+        # a stable sort of all is slow, and torch.topk picks any of equal scores: of those at the threshold, the first
         threshold = scores.topk(top_k, dim=1, sorted=False).values.amin(1, keepdim=True)
         above, equal = scores > threshold, scores == threshold
         kept = above | (equal & (equal.cumsum(1) <= top_k - above.sum(1, keepdim=True)))
@@ -170,22 +146,13 @@ def _top(scores: torch.Tensor, top_k: int, rows: slice) -> tuple[torch.Tensor, t
     return scores.gather(1, order), places.gather(1, order)
 
 
-def hybrid_search(
-    dense: tuple[np.ndarray, np.ndarray], sparse: tuple[np.ndarray, np.ndarray], top_k: int
-) -> tuple[np.ndarray, np.ndarray]:
+def hybrid_search(dense: Ranking, sparse: Ranking, top_k: int) -> Ranking:
     """Join two rankings: per query, min-max normalised scores of the retrieved passages, in equal parts.
 
-    A passage that one side did not retrieve has 0 there after the normalisation, as the last that it did
-    retrieve.  A list of equal scores normalises to 0.  These are the values of
-    ``ranx.fuse(runs, norm="min-max", method="wsum", params={"weights": [0.5, 0.5]})``, which leaves the order
-    of equal sums open; here it is that of the passages.
-
-    Both rankings are pairs (scores, indices) of shape (n_queries, k), and so is the result, of float32 in 0..1 and
-    int64.  Where a query has fewer passages than another, the score is -inf and the index -1.
+    A passage that one side did not retrieve has 0 there, as the last that it did retrieve.  A list of equal scores
+    normalises to 0.  These are the values of ``ranx.fuse(runs, "min-max", "wsum", {"weights": [0.5, 0.5]})``, with
+    equal sums in the order of the passages.  Scores are float32 in 0..1; -inf where a query has fewer passages.
     """
-    n_queries = len(dense[0])
-    if len(sparse[0]) != n_queries:
-        raise ValueError(f"{n_queries} queries in the dense ranking, {len(sparse[0])} in the sparse one")
     indices = np.concatenate([dense[1], sparse[1]], axis=1)
     scores = np.concatenate([_min_max(dense[0]), _min_max(sparse[0])], axis=1) / 2
     # a passage is at most twice in a row: once its indices are in order, beside itself
@@ -206,60 +173,30 @@ def _min_max(scores: np.ndarray) -> np.ndarray:
     if not scores.shape[1]:
         return scores
     least = scores.min(1, keepdims=True)
-    # the floor is the one of ranx
-    return (scores - least) / np.maximum(scores.max(1, keepdims=True) - least, 1e-9)
+    return (scores - least) / np.maximum(scores.max(1, keepdims=True) - least, 1e-9)  # the floor is the one of ranx
 
 
-def rank(
-    queries: Representations, passages: Representations, mode: str, top_k: int = 100, depth: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rank the passages for each query.
+def rank(queries: Representations, passages: Representations, mode: str, top_k: int = 100) -> Ranking:
+    """Rank at most ``top_k`` passages for each query.
 
-    Parameters
-    ----------
-    mode : {"dense", "mean", "sparse", "hybrid"}
-        ``dense`` is the dot product where each side has one vector a text (K = 1), MaxSim otherwise; ``mean``
-        the dot product of the means of the vectors; ``hybrid`` joins ``dense`` and ``sparse``.
-    top_k : int
-        Passages of a query's ranking at most.
-    depth : int, optional
-        Passages that each side of a hybrid retrieves, over which its scores are normalised; by default ``top_k``.
-
-    Returns
-    -------
-    scores : ndarray of float, shape (n_queries, k)
-        Descending in each row.
-    indices : ndarray of int64, of the same shape
-        Of passages; -1 for none.  A sparse ranking leaves out passages of score 0; a hybrid takes them as retrieved.
-
-    Raises
-    ------
-    ValueError
-        For an unknown mode, a side that is missing, shapes or origins that do not fit, or a number that is none.
+    ``dense`` is the dot product where each side has one vector a text (K = 1), MaxSim otherwise; ``mean`` the dot
+    product of the means of the vectors; ``sparse`` leaves out passages of score 0; ``hybrid`` joins the ``top_k``
+    of ``dense`` and of the sparse side, those of score 0 too.  ValueError: an unknown mode, a side that is missing,
+    shapes or origins that do not fit, or a ``top_k`` that is no whole number of at least 1.
     """
     if mode not in RANK_MODES:
         raise ValueError(f"mode must be one of {', '.join(RANK_MODES)}, not {mode!r}")
-    top_k = whole_number("top_k", top_k)
-    depth = top_k if depth is None else whole_number("depth", depth)
-    _check_origins(queries, passages)
+    asked, held = queries.origin, passages.origin
+    if asked and held and (asked.side, held.side, asked.space) != ("query", "passage", held.space):
+        sides = f"queries ({asked.side} side of {asked.system}) and passages ({held.side} side of {held.system})"
+        raise ValueError(f"{sides} cannot be compared: swapped, or of different weights, readers or vocabularies")
     if not len(queries) or not len(passages):
         return np.zeros((len(queries), 0)), np.zeros((len(queries), 0), np.int64)
     dense = single_search if mode == "mean" or queries.vectors == passages.vectors == 1 else maxsim_search
     if mode == "hybrid":
-        return hybrid_search(dense(queries, passages, depth), sparse_search(queries, passages, depth), top_k)
+        return hybrid_search(dense(queries, passages, top_k), sparse_search(queries, passages, top_k), top_k)
     scores, indices = (sparse_search if mode == "sparse" else dense)(queries, passages, top_k)
     return scores, np.where(scores > 0, indices, -1) if mode == "sparse" else indices
-
-
-def _check_origins(queries: Representations, passages: Representations) -> None:
-    asked, held = queries.origin, passages.origin
-    if asked is None or held is None:
-        return
-    if (asked.side, held.side) != ("query", "passage"):
-        raise ValueError(f"the queries were encoded on the {asked.side} side, the passages on the {held.side} side")
-    if asked.space != held.space:
-        names = f"queries of {asked.system} and passages of {held.system}"
-        raise ValueError(f"{names} cannot be compared: they come from different weights, readers or vocabularies")
 
 
 def to_results(
@@ -268,19 +205,12 @@ def to_results(
     """Ranked passages as a dict of query id to passage id to score, best first.
 
     Equal scores are set apart by one unit in the last place of float64: what sorts a run by its scores
-    (ranx, trec_eval) has no other means to know the order.
-
-    Both arrays have the shape (n_queries, k); scores descend in each row, and an index of -1 stands for none.
-    ValueError: shapes and ids do not fit, ids are not unique, or a row does not descend.
+    (ranx, trec_eval) has no other means to know the order.  Scores and indices are a :data:`Ranking`; ValueError:
+    shapes and ids do not fit, ids are not unique, or a row does not descend.
     """
     scores, indices, passage_ids = np.array(scores, np.float64), np.asarray(indices), list(passage_ids)
-    if scores.shape != indices.shape or scores.ndim != 2 or len(scores) != len(query_ids):
-        raise ValueError(f"scores {scores.shape}, indices {indices.shape} and {len(query_ids)} query ids do not fit")
-    for kind, ids in (("query", query_ids), ("passage", passage_ids)):
-        if len(set(ids)) < len(ids):
-            raise ValueError(f"{kind} ids must be unique")
-    if indices.size and indices.max() >= len(passage_ids):
-        raise ValueError(f"passage index {indices.max()}, but there are {len(passage_ids)} passage ids")
+    if len(set(query_ids)) < len(query_ids) or len(set(passage_ids)) < len(passage_ids):
+        raise ValueError("query ids and passage ids must be unique")
     if (scores[:, 1:] > scores[:, :-1]).any():
         raise ValueError("the scores of a query must be descending")
     for j in range(1, scores.shape[1]):

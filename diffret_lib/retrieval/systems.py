@@ -1,14 +1,7 @@
-"""The compared systems, with one interface: encode queries, encode passages, search.
-
->>> retriever = DiffRetriever("smollm2-135m-diffusion", k_query=4, k_passage=16)     # doctest: +SKIP
->>> passages = retriever.encode_passages(["A heap is a tree.", "Tea is a drink."])   # doctest: +SKIP
->>> queries = retriever.encode_queries(["priority queue"])                           # doctest: +SKIP
->>> retriever.search(queries, passages, mode="hybrid", top_k=10)                     # doctest: +SKIP
-"""
+"""The compared systems, with one interface: encode queries, encode passages, search."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -38,47 +31,18 @@ SHARD_TEXTS = 1024
 
 
 class System:
-    """Base of the systems: what they have in common."""
+    """Base of the systems, which define ``encode(texts, side)`` and ``fingerprint(side)``, an encoding's address."""
 
     name: ClassVar[str]
     modes: ClassVar[tuple[str, ...]] = MODES
 
-    def fingerprint(self, side: Side) -> str:
-        """Address of this side's encodings, over the code and settings that decide them; search is not covered."""
-        raise NotImplementedError
+    def encode_queries(self, texts: Sequence[str], **options: bool) -> Representations:
+        """Representations of queries; see :meth:`Retriever.encode`."""
+        return self.encode(texts, "query", **options)
 
-    def encode(
-        self, texts: Sequence[str], side: Side, *, cached: bool = False, progress: bool = True
-    ) -> Representations:
-        """Dense vectors and sparse weights of texts.
-
-        Parameters
-        ----------
-        texts : sequence of str
-            Any text, the empty one too.
-        side : {"query", "passage"}
-        cached : bool
-            Keep every shard in the cache, from which an interrupted encoding goes on.
-
-        Returns
-        -------
-        Representations
-            ``dense`` float32 [n, K, H] or None, ``lengths`` [n], ``sparse`` CSR float32 [n, V] or None.
-
-        Raises
-        ------
-        TypeError
-            When ``texts`` is one str, or holds anything else than str.
-        """
-        raise NotImplementedError
-
-    def encode_queries(self, texts: Sequence[str], *, cached: bool = False, progress: bool = True) -> Representations:
-        """Representations of queries; see :meth:`encode`."""
-        return self.encode(texts, "query", cached=cached, progress=progress)
-
-    def encode_passages(self, texts: Sequence[str], *, cached: bool = False, progress: bool = True) -> Representations:
-        """Representations of passages; see :meth:`encode`."""
-        return self.encode(texts, "passage", cached=cached, progress=progress)
+    def encode_passages(self, texts: Sequence[str], **options: bool) -> Representations:
+        """Representations of passages; see :meth:`Retriever.encode`."""
+        return self.encode(texts, "passage", **options)
 
     def search(
         self, queries: Representations, passages: Representations, mode: str | None = None, top_k: int = 100,
@@ -92,8 +56,8 @@ class System:
         mode = self.modes[-1] if mode is None else mode
         if mode not in self.modes:
             raise ValueError(f"{self.name} has the modes {', '.join(self.modes)}; not {mode!r}")
-        query_ids = [str(i) for i in range(len(queries))] if query_ids is None else query_ids
-        passage_ids = [str(i) for i in range(len(passages))] if passage_ids is None else passage_ids
+        query_ids = list(map(str, range(len(queries)))) if query_ids is None else query_ids
+        passage_ids = list(map(str, range(len(passages)))) if passage_ids is None else passage_ids
         if len(passage_ids) != len(passages):
             raise ValueError(f"{len(passage_ids)} passage ids for {len(passages)} passages")
         return make_run(to_results(*rank(queries, passages, mode, top_k), query_ids, passage_ids), mode)
@@ -102,94 +66,46 @@ class System:
 def _check_texts(texts: Sequence[str], side: Side) -> None:
     if side not in SIDES:
         raise ValueError(f"side must be 'query' or 'passage', not {side!r}")
-    if isinstance(texts, str):
-        raise TypeError("texts must be a sequence of strings, not one string")
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"texts must be strings; text {i} is a {type(text).__name__}")
-
-
-# -- systems on a language model ---------------------------------------------------------------------------------
+    wrong = [texts] if isinstance(texts, str) else [text for text in texts if not isinstance(text, str)]
+    if wrong:
+        raise TypeError(f"texts must be a sequence of strings; found {wrong[0]!r}")
 
 
 class Retriever(System):
     """A retriever on a language model: a reader, batched by a token budget.
 
-    Parameters
-    ----------
-    backbone : str, Backbone or LoadedBackbone, optional
-        By default the embedded one of the family.
-    max_query_tokens, max_passage_tokens : int
-        Tokens of the text that are read.
-    batch_tokens : int
-        Padded tokens of one forward pass.
-    dtype : {"float32", "bfloat16", "float16"}, optional
-        Of a backbone that is yet to load; by default float32.
-    **options
-        Those of the system.
-
-    Raises
-    ------
-    TypeError
-        For an unknown option, or a backbone of another type.
-    ValueError
-        For a backbone of another family or dtype, a number that is no whole number or too small, and inputs (text,
-        prompt and masks) that are longer than the backbone takes.
+    The backbone is by default the embedded one of the family.  ``max_query_tokens`` and ``max_passage_tokens`` are the
+    tokens of the text that are read, ``batch_tokens`` the padded tokens of one forward pass; ``options`` are those of
+    the system.  TypeError: an unknown option.  ValueError: a backbone of another family, numbers that are too small,
+    inputs that are longer than the backbone takes.
     """
 
     family: ClassVar[str]
     reader_class: ClassVar[type[Reader]]
-    #: The system's own options and their defaults.
-    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self, backbone: str | Backbone | LoadedBackbone | None = None, *, max_query_tokens: int = 64,
-        max_passage_tokens: int = 256, batch_tokens: int = 4096, dtype: str | None = None, **options: Any,
+        max_passage_tokens: int = 256, batch_tokens: int = 4096, **options: Any,
     ) -> None:  # fmt: skip
-        if unknown := options.keys() - self.options.keys():
-            raise TypeError(f"{self.name} has no option {min(unknown)!r}")
-        limits = {"max_query_tokens": max_query_tokens, "max_passage_tokens": max_passage_tokens}
-        self._settings = limits | {"batch_tokens": batch_tokens} | self.options | options
-        for name, value in self._settings.items():
-            if name != "shifted":
-                whole_number(name, value, least=0 if name == "max_new_tokens" else 1)
-        self.batch_tokens = batch_tokens
-        self.backbone = self._load(backbone, dtype)
-        self.reader = self.reader_class(
-            self.backbone.model, self.backbone.tokenizer, **limits, **self._reader_options(self._settings)
-        ).eval()
-        for side in SIDES:
-            self._check_length(side)
-
-    def _load(self, backbone: str | Backbone | LoadedBackbone | None, dtype: str | None) -> LoadedBackbone:
         if backbone is None:
             backbone = {"diffusion": "smollm2-135m-diffusion", "autoregressive": "smollm2-135m-instruct"}[self.family]
-        if not isinstance(backbone, str | Backbone | LoadedBackbone):
-            raise TypeError(f"backbone must be a name, a Backbone or a LoadedBackbone, not a {type(backbone).__name__}")
         spec = get_backbone(backbone) if isinstance(backbone, str) else getattr(backbone, "spec", backbone)
-        if spec.family != self.family:
-            raise ValueError(
-                f"{self.name} needs a backbone of the family {self.family!r}; {spec.name} is {spec.family!r}"
-            )
-        if not isinstance(backbone, LoadedBackbone):
-            return load_backbone(backbone, dtype=dtype or "float32")
-        if dtype is not None and f"torch.{dtype}" != str(backbone.dtype):
-            raise ValueError(f"{spec.name} is loaded as {backbone.dtype}; load it again for dtype={dtype!r}")
-        return backbone
+        if getattr(spec, "family", None) != self.family:
+            raise ValueError(f"{self.name} needs a backbone of the family {self.family!r}, not {spec!r}")
+        self.backbone = backbone if isinstance(backbone, LoadedBackbone) else load_backbone(backbone)
+        self.batch_tokens = whole_number("batch_tokens", batch_tokens)
+        limits = {"max_query_tokens": max_query_tokens, "max_passage_tokens": max_passage_tokens}
+        self._settings = limits | options | {"batch_tokens": batch_tokens}
+        model, tokenizer = self.backbone.model, self.backbone.tokenizer
+        self.reader = self.reader_class(model, tokenizer, **limits, **self._reader_options(**options)).eval()
+        for side in SIDES:
+            length = self.reader.max_text_tokens(side) + _overhead(self.reader, "a", side, self.vectors(side))
+            if length > spec.max_length:
+                needed = f"text, prompt and vectors of a {side} take {length} tokens"
+                raise ValueError(f"{self.name}: {needed}, and {spec.name} takes {spec.max_length}; lower one of them")
 
-    def _check_length(self, side: Side) -> None:
-        limit, vectors, most = self.reader.max_text_tokens(side), self.vectors(side), self.backbone.spec.max_length
-        length = limit + vectors
-        if length <= most:  # otherwise the prompt need not be made
-            length = limit + _overhead(self.reader, "a", side, vectors)
-        if length > most:
-            raise ValueError(
-                f"{self.name}: {limit} tokens of a {side}, its prompt and {vectors} vectors take {length} tokens or "
-                f"more, and {self.backbone.spec.name} takes {most}; lower max_{side}_tokens or the number of vectors"
-            )
-
-    def _reader_options(self, settings: dict[str, Any]) -> dict[str, Any]:
-        return {name: settings[name] for name in self.options}
+    def _reader_options(self, **options: Any) -> dict[str, Any]:
+        return options
 
     def vectors(self, side: Side) -> int:
         """Number of vectors that a text has at most."""
@@ -204,36 +120,31 @@ class Retriever(System):
         return self.on(with_adapter(self.backbone, folder))
 
     def fingerprint(self, side: Side) -> str:
+        """Address of this side's encodings, over the code and settings that decide them; search is not covered."""
         other = "passage" if side == "query" else "query"
         settings = {k: v for k, v in self.reader.get_config_dict().items() if other not in k}
-        code = [encode_shard, type(self.reader)]
-        return address(code, side, settings, self.batch_tokens, self.backbone.fingerprint)
+        return address([encode_shard, type(self.reader)], side, settings, self.batch_tokens, self.backbone.fingerprint)
 
-    def encode(
-        self, texts: Sequence[str], side: Side, *, cached: bool = False, progress: bool = True
-    ) -> Representations:
+    def encode(self, texts: Sequence[str], side: Side, cached: bool = False, progress: bool = True) -> Representations:
+        """Dense vectors and sparse weights of texts; TypeError: ``texts`` is one str, or holds anything else than str.
+
+        ``cached`` keeps every shard in the cache, from which an interrupted encoding goes on.
+        """
         _check_texts(texts, side)
         own, parts = self.fingerprint(side) if cached else None, []
         name = f"{self.name}: encoding {'queries' if side == 'query' else 'passages'}"
         with tqdm(total=len(texts), desc=name, disable=not progress, unit="text") as bar:
-            for start in range(0, len(texts), SHARD_TEXTS):
+            for start in range(0, len(texts) or 1, SHARD_TEXTS):
                 shard = list(texts[start : start + SHARD_TEXTS])
-                encode = partial(
-                    encode_shard, self.reader, shard, side, self.batch_tokens, self.vectors(side), bar.update
-                )
+                how = side, self.batch_tokens, self.vectors(side), bar.update
+                encode = partial(encode_shard, self.reader, shard, *how)
                 if cached:
-                    make = lambda folder, encode=encode: encode().save(folder)  # noqa: E731
-                    parts.append(Representations.load(fetch("encodings", fingerprint(own, shard), make)))
-                else:
-                    parts.append(encode())
+                    key = fingerprint(own, shard)
+                    folder = fetch("encodings", key, lambda folder, encode=encode: encode().save(folder))
+                parts.append(Representations.load(folder) if cached else encode())
                 bar.update(start + len(shard) - bar.n)
         space = fingerprint(self.backbone.fingerprint, type(self.reader).__name__)
-        if not parts:
-            dense = np.zeros((0, 1, self.reader.hidden_size), np.float32)
-            sparse = sp.csr_matrix((0, self.reader.vocab_size), dtype=np.float32) if self.reader.has_sparse else None
-            parts = [Representations(dense, np.zeros(0, np.int64), sparse)]
-        whole = Representations.concatenate(parts)
-        return replace(whole, origin=Origin(self.name, side, space))
+        return replace(Representations.concatenate(parts), origin=Origin(self.name, side, space))
 
     def features(self, texts: list[str], side: Side) -> dict[str, Any]:
         """Tokenise texts as the reader's forward pass takes them, on the backbone's device."""
@@ -253,37 +164,26 @@ class Retriever(System):
 def encode_shard(
     reader: Reader, texts: list[str], side: Side, batch_tokens: int, vectors: int, advance: Callable[[int], Any]
 ) -> Representations:
-    """Encode texts, equal ones once, in batches of similar length; both sides come from one forward pass.
-
-    ``vectors`` is the number that a text has at most; ``advance`` is called with the number of texts of each batch.
-    """
-    unique = list(dict.fromkeys(texts))
-    place = {text: i for i, text in enumerate(unique)}
-    dense: list[np.ndarray] = [None] * len(unique)
-    lengths = np.zeros(len(unique), np.int64)
-    sparse: list[tuple[np.ndarray, np.ndarray]] = [None] * len(unique)
-    for batch in _batches(reader, unique, side, batch_tokens, vectors):
+    """Encode texts, equal ones once, in batches of similar length; ``advance`` is called with the size of each."""
+    rows: dict[str, int] = {}
+    found: list[np.ndarray] = []
+    weights = [sp.csr_matrix((0, reader.vocab_size), dtype=np.float32)]
+    for batch in _batches(reader, list(dict.fromkeys(texts)), side, batch_tokens, vectors):
         with torch.inference_mode():
-            out = reader(_features(reader, [unique[i] for i in batch], side))
-        found, valid = out["token_embeddings"].cpu().numpy(), out["attention_mask"].bool().cpu().numpy()
-        weights = sp.csr_matrix(out["sentence_embedding"].cpu().numpy()) if reader.has_sparse else None
-        for row, i in enumerate(batch):
-            dense[i] = found[row, valid[row]]
-            lengths[i] = len(dense[i])
-            if weights is not None:
-                span = slice(*weights.indptr[row : row + 2])
-                sparse[i] = weights.indices[span], weights.data[span]
+            out = reader(_features(reader, batch, side))
+        embeddings, valid = out["token_embeddings"].cpu().numpy(), out["attention_mask"].bool().cpu().numpy()
+        found += [own[there] for own, there in zip(embeddings, valid, strict=True)]
+        if reader.has_sparse:
+            weights.append(sp.csr_matrix(out["sentence_embedding"].cpu().numpy()))
+        rows |= {text: len(rows) + i for i, text in enumerate(batch)}
         advance(len(batch))
-    block = np.zeros((len(unique), max(lengths.max(), vectors), reader.hidden_size), np.float32)
-    for i, found in enumerate(dense):
-        block[i, : len(found)] = found
-    matrix = None
-    if reader.has_sparse:
-        indptr = np.cumsum([0, *(len(ids) for ids, _ in sparse)])
-        ids, data = (np.concatenate(part) for part in zip(*sparse, strict=True))
-        matrix = sp.csr_matrix((data, ids, indptr), shape=(len(unique), reader.vocab_size))
-    take = np.array([place[text] for text in texts])
-    return Representations(block[take], lengths[take], None if matrix is None else matrix[take])
+    dense = np.zeros((len(found), vectors, reader.hidden_size), np.float32)
+    for row, own in zip(dense, found, strict=True):
+        row[: len(own)] = own
+    lengths = np.array([len(own) for own in found], np.int64)
+    take = np.array([rows[text] for text in texts], np.int64)
+    sparse = sp.vstack(weights, format="csr")[take] if reader.has_sparse else None
+    return Representations(dense[take], lengths[take], sparse)
 
 
 def _features(reader: Reader, texts: list[str], side: Side) -> dict[str, Any]:
@@ -297,42 +197,32 @@ def _overhead(reader: Reader, text: str, side: Side, vectors: int) -> int:
     return row["input_ids"].shape[1] + len(row.get("left_ids", ())) + vectors - 1 - len(ids)
 
 
-def _batches(reader: Reader, texts: list[str], side: Side, batch_tokens: int, vectors: int) -> list[list[int]]:
-    """Indices of the texts, longest first, as many to a batch as the token budget takes."""
+def _batches(reader: Reader, texts: list[str], side: Side, batch_tokens: int, vectors: int) -> list[list[str]]:
+    """The texts, longest first, as many to a batch as the token budget takes."""
     ids, _ = reader.text_ids(texts, side)
-    overhead = _overhead(reader, "", side, vectors)
-    batches: list[list[int]] = []
-    size = 0
+    overhead, batches, size = _overhead(reader, "", side, vectors), [], 0
     for i in sorted(range(len(texts)), key=lambda i: -len(ids[i])):
         if not batches or len(batches[-1]) >= size:
             size = max(1, batch_tokens // (len(ids[i]) + overhead))
             batches.append([])
-        batches[-1].append(i)
+        batches[-1].append(texts[i])
     return batches
 
 
 class DiffRetriever(Retriever):
     """K masked positions of a diffusion LM, read after one forward pass (arXiv 2605.07210).
 
-    Parameters
-    ----------
-    k_query, k_passage : int
-        Number of masks (Kq, Kp); 1 by default.
-    shifted : bool, optional
-        Read token i at position i - 1 or at i; what the backbone's family does by default.
+    ``k_query`` and ``k_passage`` are the numbers of masks (Kq, Kp), 1 by default.  ``shifted`` reads token i at
+    position i - 1 (True) or at i; by default what the backbone's family does.
     """
 
     name = "DiffRetriever"
     family = "diffusion"
     reader_class = MaskedPositions
-    options = {"k_query": 1, "k_passage": 1, "shifted": None}
 
-    def _reader_options(self, settings: dict[str, Any]) -> dict[str, Any]:
-        shifted = settings["shifted"]
-        if shifted not in (None, True, False):
-            raise ValueError(f"shifted must be True, False or None, not {shifted!r}")
-        shift = self.backbone.spec.prediction_shift if shifted is None else shifted
-        counts = {name: settings[name] for name in ("k_query", "k_passage")}
+    def _reader_options(self, k_query: int = 1, k_passage: int = 1, shifted: bool | None = None) -> dict[str, Any]:
+        shift = self.backbone.spec.prediction_shift if shifted is None else bool(shifted)
+        counts = {"k_query": k_query, "k_passage": k_passage}
         return counts | {"mask_id": self.backbone.mask_id, "prediction_shift": shift}
 
     def vectors(self, side: Side) -> int:
@@ -342,16 +232,12 @@ class DiffRetriever(Retriever):
 class PromptReps(Retriever):
     """The same prompt on an autoregressive LM (arXiv 2404.18424).
 
-    Parameters
-    ----------
-    max_new_tokens : int
-        0, the default, for a single vector; N decodes up to N tokens, a vector each besides the first.
+    ``max_new_tokens`` N decodes up to N tokens, a vector each besides the first; 0, the default, for a single vector.
     """
 
     name = "PromptReps"
     family = "autoregressive"
     reader_class = NextTokens
-    options = {"max_new_tokens": 0}
 
     def vectors(self, side: Side) -> int:
         return 1 + self.reader.max_new_tokens
@@ -384,9 +270,6 @@ class RepLLaMA(Retriever):
     reader_class = LastToken
 
 
-# -- the lexical baseline ----------------------------------------------------------------------------------------
-
-
 class BM25(System):
     """Lexical baseline from :mod:`bm25s` (Lucene's variant), English stemming and stop words, whole passages.
 
@@ -397,29 +280,24 @@ class BM25(System):
     name = "BM25"
     modes = ("sparse",)
 
-    def __init__(self, k1: float = 1.5, b: float = 0.75) -> None:
-        if not (0 <= k1 < math.inf and 0 <= b <= 1):
-            raise ValueError(f"BM25 needs a k1 of at least 0 and a b in 0..1, not k1={k1!r}, b={b!r}")
-        self.k1, self.b = k1, b
-        self._vocabulary: dict[str, int] | None = None
+    _vocabulary: dict[str, int] | None = None
 
     def fingerprint(self, side: Side) -> str:
-        return address([_terms, _term_scores, _term_counts], side, self.k1, self.b)
+        return address([_terms, _term_scores, _term_counts], side)
 
-    def encode(
-        self, texts: Sequence[str], side: Side, *, cached: bool = False, progress: bool = True
-    ) -> Representations:
+    def encode(self, texts: Sequence[str], side: Side, **options: bool) -> Representations:
+        """Term scores or counts of texts; ``options`` of :meth:`Retriever.encode` change nothing."""
         _check_texts(texts, side)
-        if side == "query" and self._vocabulary is None:
-            raise RuntimeError("encode the passages first: BM25 has no vocabulary before it has seen them")
         terms = _terms(texts)
         if side == "passage":
             self._vocabulary = {t: i for i, t in enumerate(sorted({t for row in terms for t in row}))}
-            matrix = _term_scores(terms, self._vocabulary, self.k1, self.b)
+            matrix = _term_scores(terms, self._vocabulary)
+        elif self._vocabulary is None:
+            raise RuntimeError("encode the passages first: BM25 has no vocabulary before it has seen them")
         else:
             matrix = _term_counts(terms, self._vocabulary)
         origin = Origin(self.name, side, fingerprint(list(self._vocabulary)))
-        return Representations(None, np.zeros(matrix.shape[0], np.int64), matrix, origin)
+        return Representations(None, np.zeros(len(terms), np.int64), matrix, origin)
 
 
 def _terms(texts: Sequence[str]) -> list[list[str]]:
@@ -427,10 +305,10 @@ def _terms(texts: Sequence[str]) -> list[list[str]]:
     return bm25s.tokenize(list(texts), stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)
 
 
-def _term_scores(terms: list[list[str]], vocabulary: dict[str, int], k1: float, b: float) -> sp.csr_matrix:
+def _term_scores(terms: list[list[str]], vocabulary: dict[str, int]) -> sp.csr_matrix:
     if not vocabulary:
         return sp.csr_matrix((len(terms), 1), dtype=np.float32)
-    index = bm25s.BM25(k1=k1, b=b, method="lucene")
+    index = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
     ids = [[vocabulary[t] for t in row] for row in terms]
     index.index((ids, dict(vocabulary)), create_empty_token=False, show_progress=False)
     scores = tuple(index.scores[name] for name in ("data", "indices", "indptr"))

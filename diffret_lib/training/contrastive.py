@@ -25,8 +25,9 @@ from pydantic import Field
 from sentence_transformers import MultiVectorEncoder, MultiVectorEncoderTrainer, MultiVectorEncoderTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.sampler import DefaultBatchSampler
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import SequentialSampler
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from diffret_lib.addresses import address, fingerprint
 from diffret_lib.cache import atomic_path, fetch, work_folder, write_text
@@ -43,15 +44,12 @@ from diffret_lib.training.losses import FalseNegatives, JointInfoNCE
 
 #: Seconds between checkpoints, besides those at every measurement.
 CHECKPOINT_SECONDS = 300
-#: Settings of a reader that its model card names.
-COUNTS = ("k_query", "k_passage", "max_new_tokens")
 
 
 class Recipe(Training):
-    """Settings of a training, besides the backbone, the reader and the data.
+    """Settings of a training: of LoRA, and ``temperature`` of the dense scores.
 
-    ``rank``, ``alpha`` and ``dropout`` are those of LoRA, ``temperature`` that of the dense scores.  The learning
-    rate falls linearly to 0 and does not rise first: an adapter starts as no change at all.
+    The learning rate falls linearly to 0 and does not rise first: an adapter starts as no change at all.
     """
 
     rank: int = Field(default=16, ge=1)
@@ -66,8 +64,7 @@ class Recipe(Training):
 class TrainingData:
     """The data that all systems are trained on.
 
-    ``negatives`` has the columns query_id, passage_id and source, ``rows`` the texts query, positive, negative_1,
-    ..., negative_n.
+    ``negatives`` has the columns query_id, passage_id, source, ``rows`` query, positive, negative_1, ..., negative_n.
     """
 
     collection: Collection
@@ -83,18 +80,11 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class FinetunedSystem:
-    """A trained adapter and how it came about.
+    """A trained adapter (a PEFT folder) and how it came about.
 
-    Attributes
-    ----------
-    system : str
-    adapter : Path
-        A PEFT adapter folder.
-    curve : list of dict
-        A record for each step: step, seconds (measurements included), loss, dense_loss, sparse_loss, learning_rate
-        and grad_norm, and dev_ndcg where it was measured (at step 0 alone).  ``kept`` is true for the step of the
-        adapter's weights: the best measured one after step 0, even where step 0 is better.
-    trainable_parameters : int
+    ``curve`` has a record for each step: step, seconds (measurements included), loss, dense_loss, sparse_loss,
+    learning_rate and grad_norm, and dev_ndcg where it was measured (at step 0 alone).  ``kept`` is true for the step
+    of the adapter's weights: the best measured one after step 0, even where step 0 is better.
     """
 
     system: str
@@ -110,92 +100,71 @@ class FinetunedSystem:
         return cls(about["system"], folder / "adapter", curve, about["trainable_parameters"])
 
 
-# -- recipe and data ---------------------------------------------------------------------------------------
-
-
 def recipe_of(profile: Profile) -> Recipe:
     """The recipe of a profile."""
     return Recipe(**profile.training.model_dump(), seed=profile.seed)
 
 
 def training_data(collection: Collection, negatives: pd.DataFrame) -> TrainingData:
-    """Rows of a collection with its hard negatives (columns query_id, passage_id, source)."""
-    rows = training_rows(collection, negatives)
-    return TrainingData(collection, negatives, rows, false_negatives(collection, rows))
-
-
-def training_rows(collection: Collection, negatives: pd.DataFrame) -> Dataset:
-    """A row for each query and passage relevant to it, with the query's hard negatives; all texts."""
+    """A row for each query and passage relevant to it, with the query's hard negatives; equal texts are the same."""
     texts = dict(zip(collection.passage_ids, collection.passages, strict=True))
     mined = negatives.groupby("query_id")["passage_id"].agg(list)
-    rows = []
+    rows, relevant = [], defaultdict(set)
     for query_id, query in zip(collection.query_ids, collection.queries, strict=True):
+        positives = [texts[p] for p in collection.relevant(query_id)]
         others = {f"negative_{i}": texts[p] for i, p in enumerate(mined[query_id], 1)}
-        rows += [{"query": query, "positive": texts[p], **others} for p in collection.relevant(query_id)]
-    return Dataset.from_list(rows)
-
-
-def false_negatives(collection: Collection, rows: Dataset) -> FalseNegatives:
-    """The passages of the rows that are relevant to each query; equal texts are the same."""
-    texts = dict(zip(collection.passage_ids, collection.passages, strict=True))
-    codes: dict[str, int] = {}
-    for text in texts.values():
-        codes.setdefault(text, len(codes))
-    relevant: dict[str, set[int]] = defaultdict(set)
-    for query_id, query in zip(collection.query_ids, collection.queries, strict=True):
-        relevant[query].update(codes[texts[p]] for p in collection.relevant(query_id))
-    columns = [name for name in rows.column_names if name != "query"]
-    passages = torch.tensor([[codes[text] for text in rows[name]] for name in columns]).T
-    width = max(map(len, relevant.values()))
-    padded = [sorted(relevant[q]) + [-1] * (width - len(relevant[q])) for q in rows["query"]]
-    return FalseNegatives(passages.contiguous(), torch.tensor(padded))
-
-
-# -- training ----------------------------------------------------------------------------------------------
+        rows += [{"query": query, "positive": text, **others} for text in positives]
+        relevant[query].update(positives)
+    codes = {text: code for code, text in enumerate(dict.fromkeys(texts.values()))}
+    passages = torch.tensor([[codes[text] for name, text in row.items() if name != "query"] for row in rows])
+    known = [torch.tensor(sorted(codes[text] for text in relevant[row["query"]])) for row in rows]
+    known = pad_sequence(known, batch_first=True, padding_value=-1)
+    return TrainingData(collection, negatives, Dataset.from_list(rows), FalseNegatives(passages, known))
 
 
 def finetune(
     name: str, retriever: Retriever, data: TrainingData, recipe: Recipe, development: Collection, *,
-    training_limits: Mapping[str, int], progress: bool = True, callbacks: Sequence[TrainerCallback] = (),
+    training_limits: Mapping[str, int], callbacks: Sequence[TrainerCallback] = (),
 ) -> FinetunedSystem:  # fmt: skip
     """Train a system, go on where an earlier call was interrupted, or give what there is already.
 
-    The result is an entry of the cache: ``adapter/`` (a PEFT adapter), ``curve.jsonl`` and ``recipe.json``.
-
-    Parameters
-    ----------
-    retriever : Retriever
-        The zero-shot system, at the limits of the evaluation; its backbone stays as it is.
-    development : Collection
-        Where nDCG@10 is measured on the way.
-    training_limits : dict
-        Options of the retriever that are others in training (``max_passage_tokens``).
-    callbacks : sequence of TrainerCallback
-        Additional trainer callbacks.
+    ``retriever`` is the zero-shot system at the limits of the evaluation, and stays as it is; ``training_limits`` are
+    its options that are others in training; on ``development`` nDCG@10 is measured on the way.
     """
     backbone, settings = retriever.backbone, retriever.reader.get_config_dict()
     about = {
         "system": name,
         "backbone": {"name": backbone.spec.name, "fingerprint": backbone.fingerprint},
-        "counts": {count: settings[count] for count in COUNTS if count in settings},
+        "counts": {n: settings[n] for n in ("k_query", "k_passage", "max_new_tokens") if n in settings},
         "limits": {"training": settings | training_limits, "development": settings},
         "recipe": recipe.model_dump(mode="json"),
         "data": data.fingerprint,
         "development": development.fingerprint,
     }
-    code = [_train, type(retriever), type(retriever.reader)]
+    code = [finetune, type(retriever), type(retriever.reader)]
     key = address(code, about, [retriever.fingerprint(side) for side in SIDES])
 
     def make(folder: Path) -> None:
-        model = add_lora(
-            backbone, rank=recipe.rank, alpha=recipe.alpha, lora_dropout=recipe.dropout, seed=recipe.seed,
-            dtype=torch.float32,
+        lora = {"rank": recipe.rank, "alpha": recipe.alpha, "lora_dropout": recipe.dropout}
+        model = add_lora(backbone, seed=recipe.seed, dtype=torch.float32, **lora)
+        trained = replace(backbone, model=model)
+        encoder = retriever.on(trained, **training_limits).multi_vector_encoder()
+        rows = data.rows.add_column("label", list(range(len(data.rows))))
+        loss = JointInfoNCE(
+            encoder, temperature=recipe.temperature, mini_batch_size=recipe.mini_batch,
+            false_negatives=data.false_negatives,
         )  # fmt: skip
-        adapter, curve = _train(
-            retriever, model, data, recipe, development, training_limits, work_folder("adapters", key),
-            [*([Progress(name, {"loss": "loss", f"eval_{METRIC}": "dev"})] if progress else []), *callbacks],
+        progress = Progress(name, {"loss": "loss", f"eval_{METRIC}": "dev"})
+        trainer = AdapterTrainer(
+            encoder, _arguments(recipe, work_folder("adapters", key), backbone.device.type == "cpu"), loss=loss,
+            train_dataset=rows.select(step_order(len(rows), recipe.steps * recipe.batch_size, recipe.seed)),
+            evaluator=Measurement(retriever.on(trained), development),
+            callbacks=[EarlyStoppingCallback(recipe.patience), Checkpoints(CHECKPOINT_SECONDS), progress, *callbacks],
         )  # fmt: skip
+        trainer.base = backbone.weights
+        adapter, state = train_to_end(trainer)
         shutil.copytree(adapter, folder / "adapter")
+        curve = _curve(state.log_history, state.best_global_step)
         write_text(folder / "curve.jsonl", "".join(json.dumps(record) + "\n" for record in curve))
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         write_text(folder / "recipe.json", json.dumps(about | {"trainable_parameters": trainable}, indent=1) + "\n")
@@ -203,16 +172,10 @@ def finetune(
     return FinetunedSystem.load(fetch("adapters", key, make))
 
 
-def _train(
-    retriever: Retriever, model: PeftModel, data: TrainingData, recipe: Recipe, development: Collection,
-    training_limits: Mapping[str, int], work: Path, callbacks: Sequence[TrainerCallback],
-) -> tuple[Path, list[dict[str, Any]]]:  # fmt: skip
-    """Train the adapter of ``model``; the folder of the kept one in ``work``, and the curve."""
-    backbone = replace(retriever.backbone, model=model)
-    encoder = retriever.on(backbone, **training_limits).multi_vector_encoder()
-    arguments = MultiVectorEncoderTrainingArguments(
+def _arguments(recipe: Recipe, work: Path, use_cpu: bool) -> MultiVectorEncoderTrainingArguments:
+    return MultiVectorEncoderTrainingArguments(
         output_dir=str(work), report_to="none", disable_tqdm=True, dataloader_pin_memory=False, seed=recipe.seed,
-        use_cpu=backbone.device.type == "cpu", max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size,
+        use_cpu=use_cpu, max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate, lr_scheduler_type="linear", optim="adamw_torch", weight_decay=0.0,
         max_grad_norm=recipe.max_grad_norm, logging_steps=1, logging_nan_inf_filter=False,
         eval_strategy="steps", eval_steps=recipe.evaluate_every, load_best_model_at_end=True,
@@ -220,30 +183,10 @@ def _train(
         save_strategy="steps", save_steps=recipe.evaluate_every, restore_callback_states_from_checkpoint=True,
         save_total_limit=3,  # the best, the last, and the one before, which is whole while the last is written
     )  # fmt: skip
-    order = step_order(len(data.rows), recipe.steps * recipe.batch_size, recipe.seed)
-    rows = data.rows.add_column("label", list(range(len(data.rows)))).select(order)
-    loss = JointInfoNCE(
-        encoder, temperature=recipe.temperature, mini_batch_size=recipe.mini_batch, false_negatives=data.false_negatives
-    )
-    trainer = AdapterTrainer(
-        encoder, arguments, train_dataset=rows, loss=loss, evaluator=Measurement(retriever.on(backbone), development),
-        callbacks=[EarlyStoppingCallback(recipe.patience), Checkpoints(CHECKPOINT_SECONDS), *callbacks],
-    )  # fmt: skip
-    trainer.base = retriever.backbone.weights
-
-    def has_ended(state: TrainerState) -> bool:
-        stopping = state.stateful_callbacks["EarlyStoppingCallback"]["attributes"]
-        return state.global_step >= recipe.steps or stopping["early_stopping_patience_counter"] >= recipe.patience
-
-    adapter, state = train_to_end(trainer, has_ended)
-    return adapter, _curve(state.log_history, state.best_global_step)
 
 
 def step_order(rows: int, count: int, seed: int) -> list[int]:
-    """Row numbers of the whole training, one permutation of the rows after another.
-
-    It is one epoch for the trainer, which then finds its place in it again by the number of steps alone.
-    """
+    """Row numbers of the whole training, one permutation after another: for the trainer, a single epoch."""
     rng = np.random.default_rng(seed)
     return np.concatenate([rng.permutation(rows) for _ in range(math.ceil(count / rows))])[:count].tolist()
 
@@ -258,22 +201,15 @@ class Measurement(BaseEvaluator):
     def __call__(self, model: Any, output_path: Any = None, epoch: int = -1, steps: int = -1) -> dict[str, float]:
         retriever, collection = self.retriever, self.collection
         retriever.reader.eval()  # forgets what it has kept of other weights
-        ranked = rank(
-            retriever.encode_queries(collection.queries, progress=False),
-            retriever.encode_passages(collection.passages, progress=False),
-            "hybrid" if "hybrid" in retriever.modes else "dense",
-        )
+        queries = retriever.encode_queries(collection.queries, progress=False)
+        passages = retriever.encode_passages(collection.passages, progress=False)
+        ranked = rank(queries, passages, "hybrid" if "hybrid" in retriever.modes else "dense")
         run = to_results(*ranked, collection.query_ids, collection.passage_ids)
         return {METRIC: float(per_query(collection.qrels, run, (METRIC,))[METRIC].mean())}
 
 
 class AdapterTrainer(AdapterCheckpoints, MultiVectorEncoderTrainer):
-    """The library's trainer, with checkpoints of the adapter alone.
-
-    sentence-transformers saves the model as a folder that loads by itself and builds the model anew from it; a
-    reader's folder would name the backbone by a path, and a diffusion backbone is not what lies there: its own
-    adapter has been merged into it in memory.
-    """
+    """The library's trainer, with checkpoints of the adapter alone: a whole model's lack what is merged in memory."""
 
     @property
     def adapted(self) -> PeftModel:
@@ -287,25 +223,22 @@ class AdapterTrainer(AdapterCheckpoints, MultiVectorEncoderTrainer):
         return DefaultBatchSampler(SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        self._start, self._before = time.perf_counter(), 0.0
-        self.args.eval_on_start = not resume_from_checkpoint
+        self._start, self.args.eval_on_start = time.perf_counter(), not resume_from_checkpoint
         if resume_from_checkpoint:
-            history = read_state(Path(resume_from_checkpoint)).log_history
-            self._before = max((record.get("seconds", 0.0) for record in history), default=0.0)
+            self._start -= read_state(Path(resume_from_checkpoint)).log_history[-1]["seconds"]
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the loss's parts, and the seconds of this training, earlier calls included."""
         if "loss" in logs:
             logs = logs | {f"{side}_loss": float(part) for side, part in self.loss.parts.items()}
-        super().log(logs | {"seconds": self._before + time.perf_counter() - self._start}, start_time)
+        super().log(logs | {"seconds": time.perf_counter() - self._start}, start_time)
 
 
 def _curve(history: Sequence[Mapping[str, Any]], kept: int) -> list[dict[str, Any]]:
     """One record a step out of the trainer's history."""
-    names = {f"eval_{METRIC}": "dev_ndcg"} | {
-        name: name for name in ("loss", "dense_loss", "sparse_loss", "learning_rate", "grad_norm", "seconds")
-    }
+    same = ("loss", "dense_loss", "sparse_loss", "learning_rate", "grad_norm", "seconds")
+    names = {f"eval_{METRIC}": "dev_ndcg", **dict(zip(same, same, strict=True))}
     curve: dict[int, dict[str, Any]] = {}
     for entry in history:
         if "loss" in entry or f"eval_{METRIC}" in entry:
@@ -315,8 +248,6 @@ def _curve(history: Sequence[Mapping[str, Any]], kept: int) -> list[dict[str, An
     return list(curve.values())
 
 
-# -- results -----------------------------------------------------------------------------------------------
-
 _CARD = """---
 library_name: peft
 license: apache-2.0
@@ -324,9 +255,8 @@ tags: [lora, information-retrieval]
 ---
 # {system}, fine-tuned
 
-A LoRA adapter on `{backbone}` of diffret, trained by notebook 03. The weights are those of the
-training, rounded to bfloat16. `recipe.json` has the recipe, the fingerprints of the data and the settings of the
-reader, `curve.jsonl` the losses and nDCG@10 on the development collection.
+A LoRA adapter on `{backbone}` of diffret, rounded to bfloat16. `recipe.json` has its recipe and data, `curve.jsonl`
+the losses and nDCG@10 on the development collection.
 
 ```python
 retriever = {reader}("{backbone}"{counts}).with_adapter("path/of/this/folder")
@@ -352,8 +282,7 @@ def publish_adapter(trained: FinetunedSystem, parent: Path) -> Path:
 def learning_curves(results: Sequence[FinetunedSystem]) -> pd.DataFrame:
     """Columns system, step, loss, dev_ndcg, seconds; nan where a step has no measurement (or, step 0, no loss)."""
     frames = [pd.DataFrame(result.curve).assign(system=result.system) for result in results]
-    columns = ["system", "step", "loss", "dev_ndcg", "seconds"]
-    return pd.concat(frames, ignore_index=True).reindex(columns=columns)
+    return pd.concat(frames, ignore_index=True).reindex(columns=["system", "step", "loss", "dev_ndcg", "seconds"])
 
 
 def training_summary(results: Sequence[FinetunedSystem]) -> pd.DataFrame:
@@ -362,7 +291,9 @@ def training_summary(results: Sequence[FinetunedSystem]) -> pd.DataFrame:
     for result in results:
         first, last = result.curve[0], result.curve[-1]
         kept = next(record for record in result.curve if record.get("kept"))
-        row = {"system": result.system, "trainable_parameters": result.trainable_parameters, "steps": last["step"]}
-        row |= {"best_step": kept["step"], "seconds": last["seconds"]}
-        rows.append(row | {"dev_before": first["dev_ndcg"], "dev_best": kept["dev_ndcg"]})
-    return pd.DataFrame(rows)
+        rows.append((
+            result.system, result.trainable_parameters, last["step"], kept["step"], last["seconds"],
+            first["dev_ndcg"], kept["dev_ndcg"],
+        ))  # fmt: skip
+    columns = ["system", "trainable_parameters", "steps", "best_step", "seconds", "dev_before", "dev_best"]
+    return pd.DataFrame(rows, columns=columns)

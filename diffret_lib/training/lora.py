@@ -1,7 +1,7 @@
 """LoRA adapters and their checkpoints: what the adaptation and the contrastive fine-tuning share.
 
-A training that was interrupted goes on from its last whole checkpoint and ends with the weights that it would have
-had without the interruption.
+An interrupted training goes on from its last whole checkpoint and ends with the weights that it would have had
+without the interruption.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
@@ -30,14 +30,9 @@ from diffret_lib.models.backbones import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Loaded
 def add_lora(
     backbone: LoadedBackbone, *, rank: int, alpha: int, seed: int, dtype: torch.dtype | None = None, **options: Any
 ) -> PeftModel:
-    """A copy of a backbone's model with LoRA on all its linear layers; a seed always gives the same one.
+    """A copy of a backbone's model, in ``dtype`` (by default its own), with float32 LoRA on all its linear layers.
 
-    Parameters
-    ----------
-    dtype : torch.dtype, optional
-        Of the copy; the backbone's by default.  LoRA itself is float32.
-    **options
-        Other fields of :class:`peft.LoraConfig`.
+    A seed always gives the same one; ``options`` are other fields of :class:`peft.LoraConfig`.
     """
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM", **options)
@@ -49,13 +44,7 @@ def add_lora(
 
 
 def save_adapter(model: PeftModel, folder: Path, base: str) -> None:
-    """Write a PEFT adapter; the same weights give the same bytes, and no local path is in it.
-
-    Parameters
-    ----------
-    base : str
-        :attr:`LoadedBackbone.weights` of the backbone that it was trained on, for its metadata.
-    """
+    """Write a PEFT adapter without local paths; ``base`` is :attr:`LoadedBackbone.weights` of what it is for."""
     folder.mkdir(parents=True, exist_ok=True)
     # "auto" would look for the base model's configuration on the hub
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -64,7 +53,8 @@ def save_adapter(model: PeftModel, folder: Path, base: str) -> None:
     write_text(folder / ADAPTER_CONFIG, json.dumps(settings, indent=1, sort_keys=True) + "\n")
     attention = "causal" if getattr(model.config, "is_causal", True) else "bidirectional"
     metadata = {"base": base, "base_name": settings["base_model_name_or_path"], "attention": attention}
-    _save_tensors({name: weight.contiguous() for name, weight in weights.items()}, metadata, folder / ADAPTER_WEIGHTS)
+    weights = {name: weight.contiguous() for name, weight in weights.items()}
+    save_file(weights, folder / ADAPTER_WEIGHTS, {"format": "pt", **metadata})
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
@@ -76,35 +66,16 @@ def export_adapter(source: Path, target: Path) -> int:
     """Write a saved adapter again with its weights in bfloat16, half the size; returns their bytes."""
     target.mkdir(parents=True, exist_ok=True)
     with safe_open(source / ADAPTER_WEIGHTS, framework="pt") as file:
-        metadata = file.metadata()
-    halves = {name: weight.bfloat16() for name, weight in load_file(source / ADAPTER_WEIGHTS).items()}
-    _save_tensors(halves, metadata, target / ADAPTER_WEIGHTS)
+        halves = {name: file.get_tensor(name).bfloat16() for name in file.keys()}  # noqa: SIM118
+        save_file(halves, target / ADAPTER_WEIGHTS, file.metadata())
     shutil.copyfile(source / ADAPTER_CONFIG, target / ADAPTER_CONFIG)
     return (target / ADAPTER_WEIGHTS).stat().st_size
 
 
-def _save_tensors(tensors: dict[str, torch.Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Write safetensors with sorted metadata; the library's own order differs from process to process."""
-    data = save(tensors)
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start]) | {"__metadata__": {"format": "pt", **metadata}}
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
-
-
-# -- training ----------------------------------------------------------------------------------------------
-
-
 class AdapterCheckpoints:
-    """Mixin of a trainer whose checkpoints hold the adapter alone, in the folder ``adapter``.
+    """Mixin of a trainer whose checkpoints hold the adapter alone, in the folder ``adapter``."""
 
-    Attributes
-    ----------
-    base : str
-        As for :func:`save_adapter`.
-    """
-
+    #: As for :func:`save_adapter`.
     base: str
 
     @property
@@ -123,16 +94,13 @@ class Checkpoints(TrainerCallback):
     """Seal every checkpoint when it is whole, and have one written after ``seconds`` as well."""
 
     def __init__(self, seconds: float = math.inf) -> None:
-        self.seconds = seconds
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.last = time.perf_counter()
+        self.seconds, self.last = seconds, time.perf_counter()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         control.should_save |= time.perf_counter() - self.last > self.seconds
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        seal(_checkpoint(Path(args.output_dir), state.global_step))
+        seal(_checkpoint(args.output_dir, state.global_step))
         self.last = time.perf_counter()
 
 
@@ -162,38 +130,31 @@ def last_checkpoint(work: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def read_state(checkpoint: Path) -> TrainerState:
+    """The trainer's state in a checkpoint."""
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def train_to_end(trainer: Trainer) -> tuple[Path, TrainerState]:
+    """Train, or go on from the last whole checkpoint in the trainer's folder, unless the training ended there.
+
+    Returns the adapter of the best measured step (without measurements: the last), and the state at the end.
+    """
+    trainer.remove_callback(PrinterCallback)
+    work = Path(trainer.args.output_dir)
+    checkpoint = last_checkpoint(work)
+    control = read_state(checkpoint).stateful_callbacks["TrainerControl"]["args"] if checkpoint else {}
+    if not control.get("should_training_stop"):  # set after all steps, and where it stopped early
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        checkpoint = last_checkpoint(work)
+    return _best(checkpoint) / "adapter", read_state(checkpoint)
+
+
 def _best(checkpoint: Path) -> Path:
     """The checkpoint of the best measured step until a checkpoint (without measurements: itself)."""
     state = read_state(checkpoint)
     return _checkpoint(checkpoint.parent, state.best_global_step or state.global_step)
 
 
-def read_state(checkpoint: Path) -> TrainerState:
-    """The trainer's state in a checkpoint."""
-    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-
-
-def train_to_end(trainer: Trainer, has_ended: Callable[[TrainerState], bool]) -> tuple[Path, TrainerState]:
-    """Train, or go on from the last whole checkpoint in the trainer's folder.
-
-    Parameters
-    ----------
-    has_ended : callable
-        Tells from a checkpoint's state whether there is nothing left to train.
-
-    Returns
-    -------
-    (Path, TrainerState)
-        The adapter of the best measured step (without measurements: the last), and the state at the end.
-    """
-    trainer.remove_callback(PrinterCallback)
-    work = Path(trainer.args.output_dir)
-    checkpoint = last_checkpoint(work)
-    if checkpoint is None or not has_ended(read_state(checkpoint)):
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        checkpoint = last_checkpoint(work)
-    return _best(checkpoint) / "adapter", read_state(checkpoint)
-
-
-def _checkpoint(work: Path, step: int) -> Path:
-    return work / f"checkpoint-{step}"
+def _checkpoint(work: str | Path, step: int) -> Path:
+    return Path(work) / f"checkpoint-{step}"

@@ -17,18 +17,9 @@ from torch.nn import functional as F
 def dense_scores(queries: Tensor, passages: Tensor, query_lengths: Tensor) -> Tensor:
     """The scores that :mod:`diffret_lib.retrieval.search` ranks by, over the query's vectors; float [q, p].
 
-    Parameters
-    ----------
-    queries, passages : float Tensor [q, Kq, H], [p, Kp, H]
-        Normalised vectors; those that are missing are zero.
-    query_lengths : Tensor [q]
-        Vectors that each query has.
-
-    Returns
-    -------
-    Tensor
-        The dot product where both sides have one vector; else MaxSim, each maximum clamped at 0 from below, over
-        ``query_lengths``.
+    ``queries`` [q, Kq, H] and ``passages`` [p, Kp, H] are normalised vectors, missing ones zero; ``query_lengths``
+    [q] counts a query's vectors.  The score is the dot product where both sides have one vector; else MaxSim, each
+    maximum clamped at 0 from below, over ``query_lengths``.
     """
     if queries.shape[1] == passages.shape[1] == 1:
         return queries[:, 0] @ passages[:, 0].T
@@ -41,12 +32,8 @@ def dense_scores(queries: Tensor, passages: Tensor, query_lengths: Tensor) -> Te
 class FalseNegatives:
     """The passages of a batch that are relevant to its queries, by codes of equal texts.
 
-    Parameters
-    ----------
-    passages : int64 Tensor [rows, 1 + n]
-        Code of each row's positive and hard negatives.
-    relevant : int64 Tensor [rows, m]
-        Codes of what is relevant to each row's query, filled up with -1.
+    ``passages``, int64 [rows, 1 + n], has the codes of each row's positive and hard negatives; ``relevant``,
+    int64 [rows, m], those of what is relevant to its query, filled up with -1.
     """
 
     passages: Tensor
@@ -73,28 +60,15 @@ class JointInfoNCE(CachedLossMixin, nn.Module):
 
     with :func:`dense_scores` as s and sparse weights w; the second term only where the reader has a sparse side.
     The sums run over the query's positive, its hard negatives, and the other queries' positives and hard
-    negatives.  A passage that is relevant to the query, or has the text of one that is, counts in neither; a batch
-    sampler without duplicates would not see that a passage which stands in another row is relevant here too.
+    negatives.  A passage that is relevant to the query, or has the text of one that is, counts in neither.
 
-    sentence-transformers' ``CachedMultiVectorMultipleNegativesRankingLoss`` caches the gradients of one tensor, reads
-    ``token_embeddings`` alone and takes no mask.  So the library's gradient cache is used here, with a text's
-    vectors, their validity and its sparse weights packed into one row: both sides come out of one forward pass.
+    sentence-transformers' ``CachedMultiVectorMultipleNegativesRankingLoss`` caches the gradients of one tensor and
+    takes no mask.  So the library's gradient cache is used here, with a text's vectors, their validity and its
+    sparse weights packed into one row: both sides come out of one forward pass.
 
-    Parameters
-    ----------
-    model : MultiVectorEncoder
-        With one module, a :class:`~diffret_lib.models.readers.Reader`.
-    temperature : float
-        Of the dense scores.
-    mini_batch_size : int
-        Texts of one forward pass.  A step of no more texts is computed without the cache's second pass.
-    false_negatives : FalseNegatives, optional
-        Then the labels are numbers of its rows.
-
-    Attributes
-    ----------
-    parts : dict of str to Tensor
-        The terms ("dense", "sparse") of the last batch, detached.
+    ``model`` has one module, a :class:`~diffret_lib.models.readers.Reader`; ``temperature`` is that of the dense
+    scores; a step of more than ``mini_batch_size`` texts takes the cache's two passes, so many texts at a time; with
+    ``false_negatives`` the labels are numbers of its rows.  ``parts`` has the last batch's terms ("dense", "sparse").
     """
 
     def __init__(
@@ -109,15 +83,7 @@ class JointInfoNCE(CachedLossMixin, nn.Module):
         self.hidden_size, self.sparse_size = reader.hidden_size, reader.vocab_size if reader.has_sparse else 0
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
-        """The mean over the queries.
-
-        Parameters
-        ----------
-        sentence_features : iterable of dict
-            A query column, then passage columns (positives first), as the reader's ``preprocess`` gives them.
-        labels : int64 Tensor [b], optional
-            Row numbers for ``false_negatives``.
-        """
+        """The mean over the queries, of a query column, then passage columns (positives first); labels int64 [b]."""
         columns = list(sentence_features)
         if sum(len(column["input_ids"]) for column in columns) > self.mini_batch_size:
             return self.forward_cached(columns, labels)

@@ -1,12 +1,11 @@
 """Objective, data and training of the adaptation of an autoregressive LM into a masked diffusion LM.
 
-The recipe follows Dream (arXiv 2508.15487, section 3) at small scale: take the weights of an
-autoregressive parent, let attention look both ways, and train with the masked-diffusion objective
+The recipe follows Dream (arXiv 2508.15487, section 3) at small scale: attention of the parent looks both ways, and
+the weights are trained with the masked-diffusion objective
 
 .. math:: L = E_{t, m} [ -\\frac{1}{|m|} \\sum_{i \\in m} \\log p(x_i \\mid x_{\\setminus m}) ],
 
-where each sequence draws its masking ratio t, and token i is read at position i - 1 (Dream's *shift*,
-which keeps the parent's habit of predicting the next token).
+where each sequence draws its masking ratio t, and token i is read at position i - 1 (Dream's *shift*).
 """
 
 from __future__ import annotations
@@ -30,6 +29,8 @@ from diffret_lib.training.lora import AdapterCheckpoints, Checkpoints, Progress,
 
 #: Tokens in the target distribution of a masked position.
 TARGETS = 33
+#: Numbers of tokens of which one is drawn for an answer.
+MASK_COUNTS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -66,24 +67,13 @@ class Recipe:
         return max(1, self.tokens // self.step_tokens)
 
     @property
-    def schedule_steps(self) -> int:
-        """Steps after which the learning rate stays at its lowest."""
-        return max(1, (self.schedule_tokens or self.tokens) // self.step_tokens)
-
-    @property
     def documentation_rows(self) -> int:
         """Sequences of documentation that the stage takes."""
         return self.steps * self.batch_size // (2 if self.answered_passages else 1)
 
 
 def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, *, limit: int) -> np.ndarray:
-    """Concatenate tokenised texts, end-of-text between them, and cut into rows of ``length`` token ids.
-
-    Returns
-    -------
-    ndarray of int64, shape (n, length)
-        At most ``limit`` rows.
-    """
+    """Concatenate tokenised texts, end-of-text between them, and cut into at most ``limit`` rows; int64 [n, length]."""
     separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     stream: list[int] = []
     for start in range(0, len(texts), 256):
@@ -96,21 +86,13 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, 
     return np.asarray(stream[: rows * length], dtype=np.int64).reshape(rows, length)
 
 
-# -- the parent's answers ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Answer:
     """A retrieval prompt with the parent's answer and the parent's own distribution at each answer token.
 
-    Attributes
-    ----------
-    prompt, tail : ndarray of int64
-        Token ids before and after the answer.
-    ids : ndarray of int64, shape (n,)
-        Answer tokens.
-    soft_ids, soft_probs : ndarray, shape (n, TARGETS)
-        The parent's most probable content tokens at each place, and their probabilities (rows sum to 1).
+    ``prompt`` and ``tail`` are the token ids before and after the answer, ``ids`` the n tokens of the answer;
+    ``soft_ids`` and ``soft_probs`` [n, TARGETS] are the parent's most probable content tokens at each place, and
+    their probabilities (rows sum to 1).
     """
 
     prompt: np.ndarray
@@ -132,26 +114,25 @@ def content_token_mask(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 
 @torch.no_grad()
 def parent_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, side: Side, few_words: bool,
-    max_text_tokens: int = 96, max_answer_tokens: int = 20, batch_size: int = 24,
-) -> list[Answer]:  # fmt: skip
-    """Let the autoregressive parent answer the retrieval prompt for each text.
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, side: Side, few_words: bool
+) -> list[Answer]:
+    """Let the autoregressive parent answer the retrieval prompt for each text (its first 96 tokens).
 
-    The parent decodes greedily up to the closing quote.  Of its answer the content words are kept, once
-    each; answers without any are dropped.  A second pass reads the parent's distribution at each token of
-    what was kept, restricted to content tokens.
+    It decodes greedily, at most 20 tokens, or 6 for one word.  Of its answer up to the closing quote the content
+    words are kept, once each; answers without any are dropped.  A second pass reads the parent's distribution at
+    each token of what was kept, restricted to content tokens.
     """
     prompt = RetrievalPrompt(tokenizer, side, few_words)
     allowed = content_token_mask(tokenizer).to(model.device)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     answers: dict[int, Answer] = {}
     label = f"{'a few words' if few_words else 'one word'} for each {side}"
-    for start in tqdm(range(0, len(order), batch_size), desc=f"answers of the parent, {label}"):
-        chosen = order[start : start + batch_size]
-        rows = prompt.ids([texts[i] for i in chosen], max_text_tokens)
+    for start in tqdm(range(0, len(order), 24), desc=f"answers of the parent, {label}"):
+        chosen = order[start : start + 24]
+        rows = prompt.ids([texts[i] for i in chosen], 96)
         batch = pad_left(rows, tokenizer.pad_token_id, model.device)
-        out = model.generate(**batch, max_new_tokens=max_answer_tokens if few_words else 6, do_sample=False)
-        kept: list[tuple[int, list[int], list[int]]] = []
+        out = model.generate(**batch, max_new_tokens=20 if few_words else 6, do_sample=False)
+        kept = []
         for i, row, generated in zip(chosen, rows, out[:, batch["input_ids"].shape[1] :], strict=True):
             words = content_words(tokenizer.decode(generated, skip_special_tokens=True).split(QUOTE)[0])
             words = [w for w in words if w.isalpha() and w.isascii()][: None if few_words else 1]
@@ -164,24 +145,21 @@ def parent_answers(
         for (i, row, ids), logit in zip(kept, logits, strict=True):
             logit = logit[-len(ids) - 1 : -1].float().masked_fill(~allowed, -torch.inf)
             probs, top = logit.softmax(-1).topk(TARGETS, dim=-1)
-            probs = probs / probs.sum(-1, keepdim=True)
-            parts = (np.asarray(part, np.int64) for part in (row, ids, prompt.tail))
-            answers[i] = Answer(*parts, top.cpu().numpy(), probs.cpu().numpy())
+            parts = [np.asarray(part, np.int64) for part in (row, ids, prompt.tail)]
+            answers[i] = Answer(*parts, top.cpu().numpy(), (probs / probs.sum(-1, keepdim=True)).cpu().numpy())
     return [answers[i] for i in sorted(answers)]
 
 
 def answer_texts(texts: Sequence[str], passages: int, seed: int = 0) -> dict[Side, list[str]]:
     """Texts for the parent to answer: ``passages`` passages and a quarter as many queries.
 
-    A query is the first paragraph of a docstring, often one line.  Every other passage leaves that paragraph
-    out, as the passages of the embedded collections do.
+    A query is the first paragraph of a docstring.  Every other passage leaves that paragraph out, as the passages
+    of the embedded collections do.
     """
     rng = random.Random(seed)
     out: dict[Side, list[str]] = {"passage": [], "query": []}
-    for text in texts:
+    for text in (text for text in texts if len(text) > 250):
         first, _, rest = text.partition("\n\n")
-        if len(text) <= 250:
-            continue
         if len(out["query"]) < passages // 4 and rng.random() < 0.25 and len(first) < 300:
             out["query"].append(first)
         elif len(out["passage"]) < passages:
@@ -192,7 +170,7 @@ def answer_texts(texts: Sequence[str], passages: int, seed: int = 0) -> dict[Sid
 
 
 def collect_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], passages: int, seed: int = 0
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], passages: int, seed: int
 ) -> list[Answer]:
     """The parent's answers, a third of them to the one-word prompt, shuffled."""
     answers: list[Answer] = []
@@ -213,26 +191,20 @@ def pad_left(rows: Sequence[Any], pad_id: int, device: torch.device | str = "cpu
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-# -- masked rows -------------------------------------------------------------------------------------------
-
-
 class MaskedRows(Dataset):
     """Rows of documentation and answers, masked; an item is the same on every access, also in a resumed run.
 
-    Places in a batch take documentation and answers in turn (documentation alone without answers).  The
-    masking ratio is stratified over the batch: row b of a batch of B has the ratio (b + u) / B, u common to
-    the batch and uniform on [0, 1), so that every step covers low and high ratios.  In an answer only the
-    answer is masked, half of the time all of it, as in retrieval; the number of its tokens is drawn from
-    ``mask_counts``.  The first token of a row is never masked (nothing comes before it to read it from).
+    Places in a batch take documentation and answers in turn (documentation alone without answers).  The masking
+    ratio is stratified: row b of a batch of B has the ratio (b + u) / B, u common to the batch and uniform on
+    [0, 1).  In an answer only the answer is masked, half of the time all of it, as in retrieval; the number of its
+    tokens is drawn from ``MASK_COUNTS``.  The first token of a row is never masked: nothing comes before it.
     """
 
     def __init__(
-        self, documentation: np.ndarray, mask_id: int, *, batch_size: int, seed: int,
-        answers: Sequence[Answer] = (), mask_counts: Sequence[int] = (1, 2, 4, 8, 16),
-    ) -> None:  # fmt: skip
-        self.documentation, self.mask_id = documentation, mask_id
+        self, documentation: np.ndarray, mask_id: int, *, batch_size: int, seed: int, answers: Sequence[Answer] = ()
+    ) -> None:
+        self.documentation, self.mask_id, self.answers = documentation, mask_id, answers
         self.batch_size, self.seed = batch_size, seed
-        self.answers, self.mask_counts = answers, tuple(mask_counts)
 
     def __len__(self) -> int:
         return len(self.documentation) * (2 if len(self.answers) else 1)
@@ -244,37 +216,27 @@ class MaskedRows(Dataset):
         ratio = max(0.05, (place + offset) / self.batch_size)
         if len(self.answers) and place % 2:
             answer = self.answers[(i // 2) % len(self.answers)]
-            return self._answer(answer, ratio if rng.random() < 0.5 else 1.0, rng)
-        ids = self.documentation[i // 2 if len(self.answers) else i]
-        chosen = _draw(rng, ratio, np.arange(1, len(ids)))
-        soft_ids = np.repeat(ids[chosen, None], TARGETS, 1)
-        soft_probs = np.zeros(soft_ids.shape, np.float32)
-        soft_probs[:, 0] = 1.0
-        return self._item(ids, chosen, soft_ids, soft_probs)
-
-    def _answer(self, answer: Answer, ratio: float, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        n = int(rng.choice([k for k in self.mask_counts if k <= len(answer.ids)]))
-        ids = np.asarray([*answer.prompt, *answer.ids[:n], *answer.tail])
-        chosen = _draw(rng, ratio, len(answer.prompt) + np.arange(n))
-        place = chosen - len(answer.prompt)
-        # half the answer itself, half what else the parent would have said there
-        soft_ids = np.column_stack([answer.ids[place], answer.soft_ids[place, : TARGETS - 1]])
-        soft = answer.soft_probs[place, : TARGETS - 1]
-        soft_probs = np.column_stack([np.full(len(place), 0.5), 0.5 * soft / soft.sum(1, keepdims=True)])
-        return self._item(ids, chosen, soft_ids, soft_probs.astype(np.float32))
-
-    def _item(self, ids, chosen, soft_ids, soft_probs) -> dict[str, torch.Tensor]:
+            ratio = ratio if rng.random() < 0.5 else 1.0
+            n = int(rng.choice([k for k in MASK_COUNTS if k <= len(answer.ids)]))
+            ids = np.asarray([*answer.prompt, *answer.ids[:n], *answer.tail])
+            place = _draw(rng, ratio, np.arange(n))
+            chosen = place + len(answer.prompt)
+            # half the answer itself, half what else the parent would have said there
+            soft_ids = np.column_stack([answer.ids[place], answer.soft_ids[place, : TARGETS - 1]])
+            soft = answer.soft_probs[place, : TARGETS - 1]
+            probs = np.column_stack([np.full(len(place), 0.5), 0.5 * soft / soft.sum(1, keepdims=True)])
+        else:
+            ids = self.documentation[i // 2 if len(self.answers) else i]
+            chosen = _draw(rng, ratio, np.arange(1, len(ids)))
+            soft_ids, probs = np.repeat(ids[chosen, None], TARGETS, 1), np.eye(1, TARGETS).repeat(len(chosen), 0)
         masked = np.array(ids)
         masked[chosen] = self.mask_id
-        return {
-            "input_ids": torch.from_numpy(masked),
-            "masked": torch.from_numpy(chosen),
-            "target_ids": torch.from_numpy(soft_ids),
-            "target_probs": torch.from_numpy(soft_probs),
-        }
+        arrays = {"input_ids": masked, "masked": chosen, "target_ids": soft_ids, "target_probs": np.float32(probs)}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _draw(rng: np.random.Generator, ratio: float, places: np.ndarray) -> np.ndarray:
+    """Some of the places, at least one."""
     chosen = places[rng.random(len(places)) < ratio]
     return chosen if len(chosen) else rng.choice(places, 1)
 
@@ -289,24 +251,18 @@ def collate(items: list[dict[str, torch.Tensor]], pad_id: int) -> dict[str, torc
     return batch | {"masked": torch.stack([rows, columns])} | targets
 
 
-# -- objective and training --------------------------------------------------------------------------------
-
-
 def masked_cross_entropy(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean cross-entropy (nats per token) at the masked positions, token i read at position i - 1.
 
-    The target of a position is a distribution over ``TARGETS`` tokens (all mass on the token itself for
-    plain text).  The vocabulary projection is computed at the masked positions alone.
+    The target of a position is a distribution (all mass on the token itself for plain text).  The vocabulary
+    projection is computed at the masked positions alone.
     """
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     mask = batch["attention_mask"]
     hidden = causal_lm.get_decoder()(
-        input_ids=batch["input_ids"],
-        attention_mask=mask if not mask.all() else None,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-        is_causal=False,
-    ).last_hidden_state
+        input_ids=batch["input_ids"], attention_mask=mask if not mask.all() else None,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False, is_causal=False,
+    ).last_hidden_state  # fmt: skip
     rows, columns = batch["masked"]
     log_probs = causal_lm.get_output_embeddings()(hidden[rows, columns - 1]).float().log_softmax(-1)
     return -(batch["target_probs"] * log_probs.gather(1, batch["target_ids"])).sum(1).mean()
@@ -332,7 +288,7 @@ class _HeldOut(TrainerCallback):
         self.evaluate, self.every = evaluate, every
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: PeftModel = None, **kwargs: Any) -> None:
-        if self.evaluate and self.every and state.global_step % self.every == 0:
+        if self.every and state.global_step % self.every == 0:
             state.log_history.append({"step": state.global_step, "held_out": self.evaluate(model)})
 
 
@@ -342,19 +298,11 @@ def train(
 ) -> tuple[Path, list[dict[str, Any]]]:  # fmt: skip
     """Run one stage; started again with the same folder ``work`` it goes on from its last whole checkpoint.
 
-    Parameters
-    ----------
-    base : str
-        Fingerprint of the weights that the adapter is for.
-    save_every : int
-        Steps between checkpoints.  A multiple of 10, at which the loss is logged, keeps the curve of an
-        interrupted training the same, too.
+    ``base`` is the fingerprint of the weights that the adapter is for.  With a multiple of 10 in ``save_every`` an
+    interrupted training has the same curve, too: the loss is logged every 10 steps.
 
-    Returns
-    -------
-    (Path, list of dict)
-        The adapter's folder in ``work``, and the curve: records with stage, step, tokens_seen, and loss,
-        grad_norm, learning_rate and epoch, or held_out.
+    Returns the adapter's folder in ``work``, and the curve: records with stage, step, tokens_seen, and loss, grad_norm,
+    learning_rate and epoch, or held_out.
     """
     arguments = TrainingArguments(
         output_dir=str(work), report_to="none", disable_tqdm=True, remove_unused_columns=False, seed=recipe.seed,
@@ -369,57 +317,39 @@ def train(
         model, arguments, train_dataset=dataset, data_collator=lambda items: collate(items, pad_id),
         callbacks=[Checkpoints(), Progress(recipe.stage, {"loss": "loss"}), _HeldOut(evaluate, evaluate_every)],
     )  # fmt: skip
-    trainer.schedule_steps, trainer.base = recipe.schedule_steps, base
-    adapter, state = train_to_end(trainer, lambda state: state.global_step >= recipe.steps)
-    curve = []
-    for record in state.log_history:
-        if "loss" in record or "held_out" in record:
-            seen = {"stage": recipe.stage, "step": record["step"], "tokens_seen": record["step"] * recipe.step_tokens}
-            curve.append(seen | record)
-    return adapter, curve
+    trainer.base = base
+    trainer.schedule_steps = max(1, (recipe.schedule_tokens or recipe.tokens) // recipe.step_tokens)
+    adapter, state = train_to_end(trainer)
+    records = [record for record in state.log_history if "loss" in record or "held_out" in record]
+    seen = [{"step": record["step"], "tokens_seen": record["step"] * recipe.step_tokens} for record in records]
+    return adapter, [{"stage": recipe.stage} | a | b for a, b in zip(seen, records, strict=True)]
 
 
 @torch.no_grad()
 def held_out_cross_entropy(
-    model: PreTrainedModel | PeftModel, rows: np.ndarray, mask_id: int, *,
-    ratios: Sequence[float] = (0.15, 0.5, 0.9), seed: int = 0, batch_size: int = 8, progress: bool = False,
-) -> dict[str, float]:  # fmt: skip
-    """Cross-entropy (nats per masked token) at fixed masking ratios, the same masks on every call.
-
-    Parameters
-    ----------
-    rows : ndarray of int64, shape (n, length)
-    ratios : sequence of float
-        Share of the tokens that are masked.
-
-    Returns
-    -------
-    dict
-        Masking ratio (as text) to mean cross-entropy over all masked tokens.
-    """
+    model: PreTrainedModel | PeftModel, rows: np.ndarray, mask_id: int, *, progress: bool = False
+) -> dict[str, float]:
+    """Cross-entropy (nats per masked token) of rows [n, length] at masking ratios (as text), always the same masks."""
     was_training = model.training
     model.eval()
     out = {}
-    for ratio in ratios:
-        rng = np.random.default_rng([seed, round(ratio * 1000)])
+    for ratio in (0.15, 0.5, 0.9):
+        rng = np.random.default_rng([0, round(ratio * 1000)])
         total, count = 0.0, 0
-        starts = range(0, len(rows), batch_size)
-        for start in tqdm(starts, desc=f"cross-entropy at {ratio:.0%} masking", disable=not progress, leave=False):
-            ids = torch.from_numpy(np.asarray(rows[start : start + batch_size]))
+        for start in tqdm(range(0, len(rows), 8), desc=f"cross-entropy at {ratio:.0%} masking", disable=not progress):
+            ids = torch.from_numpy(np.asarray(rows[start : start + 8]))
             chosen = torch.from_numpy(rng.random(ids.shape) < ratio)
             chosen[:, 0] = False
+            masked = int(chosen.sum())
             batch = {
-                "input_ids": ids.masked_fill(chosen, mask_id),
-                "attention_mask": torch.ones_like(ids),
+                "input_ids": ids.masked_fill(chosen, mask_id), "attention_mask": torch.ones_like(ids),
                 "masked": torch.stack(chosen.nonzero(as_tuple=True)),
-                "target_ids": ids[chosen][:, None],
-                "target_probs": torch.ones(int(chosen.sum()), 1),
-            }
+                "target_ids": ids[chosen][:, None], "target_probs": torch.ones(masked, 1),
+            }  # fmt: skip
             batch = {k: v.to(model.device) for k, v in batch.items()}
             with torch.autocast(model.device.type, dtype=torch.bfloat16):
-                loss = masked_cross_entropy(model, batch)
-            total += float(loss) * int(chosen.sum())
-            count += int(chosen.sum())
+                total += float(masked_cross_entropy(model, batch)) * masked
+            count += masked
         out[f"{ratio:g}"] = total / count
     model.train(was_training)
     return out

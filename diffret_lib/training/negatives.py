@@ -1,37 +1,26 @@
 """Hard negatives of the training queries, from the rankings of several retrievers.
 
 ``sentence_transformers.util.mine_hard_negatives`` ranks with one SentenceTransformer, by its single dense vectors:
-neither with BM25 nor by a hybrid of MaxSim and sparse scores.  It leaves out rows for which it finds too few.
+neither with BM25 nor by a hybrid of MaxSim and sparse scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain, zip_longest
+from itertools import zip_longest
 
 import pandas as pd
 
 from diffret_lib.data.collection import Collection, seeded_order
 from diffret_lib.retrieval.metrics import Run
 
-RANDOM = "random"
-
 
 def mine_hard_negatives(collection: Collection, runs: Mapping[str, Run], n: int, seed: int = 0) -> pd.DataFrame:
     """The n highest passages of each query that are not relevant, taken from the rankings in turn.
 
-    Which ranking comes first changes from query to query.  Passages judged relevant, and passages of the same
-    text as one of those or as a negative already taken, are left out.  A query whose rankings hold too few is
-    filled up with random passages.
-
-    Parameters
-    ----------
-    collection : Collection
-    runs : dict of str to run
-        Rankings of the collection's queries (query id to passage id to score), by the name of their source.
-    n : int
-    seed : int
-        Of the random passages.
+    ``runs`` are rankings of the collection's queries by the name of their source; which comes first changes from query
+    to query.  Passages judged relevant, and passages of the same text as one of those or as a negative already taken,
+    are left out.  A query whose rankings hold too few is filled up with random passages, those of ``seed``.
 
     Returns
     -------
@@ -54,12 +43,10 @@ def mine_hard_negatives(collection: Collection, runs: Mapping[str, Run], n: int,
         for name in names[shift:] + names[:shift]:
             scores = runs[name].get(query_id, {})
             rankings.append([(p, name) for p in sorted(scores, key=scores.get, reverse=True) if texts[p] not in taken])
-        mined = (found for row in zip_longest(*rankings) for found in row if found is not None)
+        mined = [found for turn in zip_longest(*rankings) for found in turn if found is not None]
         order = seeded_order(collection.passage_ids, f"negatives {seed} {query_id}")
         chosen: list[tuple[str, str, str]] = []
-        for passage_id, source in chain(mined, ((p, RANDOM) for p in order)):
-            if len(chosen) == n:
-                break
+        for passage_id, source in [*mined, *((p, "random") for p in order)]:
             if texts[passage_id] not in taken:
                 chosen.append((query_id, passage_id, source))
                 taken.add(texts[passage_id])
@@ -68,15 +55,15 @@ def mine_hard_negatives(collection: Collection, runs: Mapping[str, Run], n: int,
                 f"{collection.name}: query {query_id!r} has only {len(chosen)} passages that are not relevant, and {n} "
                 "negatives are asked for; ask for fewer, or take a larger sample of passages"
             )
-        rows += chosen
+        rows += chosen[:n]
     return pd.DataFrame(rows, columns=["query_id", "passage_id", "source"])
 
 
 def negatives_table(collection: Collection, negatives: pd.DataFrame) -> pd.DataFrame:
     """One row: collection, coverage, queries, passages, negatives per query, and the share of each source."""
-    shares = negatives["source"].value_counts(normalize=True).sort_index()
+    shares = negatives["source"].value_counts(normalize=True).sort_index().add_prefix("share_")
     row = {
         "collection": collection.name, "coverage": collection.coverage, "queries": len(collection.queries),
         "passages": len(collection.passages), "negatives_per_query": len(negatives) // len(collection.queries),
     }  # fmt: skip
-    return pd.DataFrame([row | {f"share_{source}": share for source, share in shares.items()}])
+    return pd.DataFrame([row | shares.to_dict()])
