@@ -55,7 +55,7 @@ lab: env ## open JupyterLab in notebooks/ with the kernel ready
 		cd notebooks && "$$PY" ../scripts/environment.py run -m jupyterlab
 
 clean: ## remove stamps, caches of tools and results/smoke (keeps .venv, other results and the encodings)
-	@rm -rf build results/smoke .pytest_cache .ruff_cache .import_linter_cache .hypothesis diffret.egg-info
+	@rm -rf build results/smoke .pytest_cache .ruff_cache .import_linter_cache diffret.egg-info
 	@find diffret_lib tests notebooks benchmarks scripts \( -name __pycache__ -o -name .ipynb_checkpoints \) \
 		-prune -exec rm -rf {} + 2>/dev/null || true
 
