@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -103,17 +104,18 @@ def build(results: Path) -> Path:
     """
     paths = notebooks(results)
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder)
-        (source / "notebooks").mkdir()
+        source, pages = Path(folder) / "source", Path(folder) / "html"  # myst-nb leaves a folder beside the pages
+        (source / "notebooks").mkdir(parents=True)
         for path in paths:
             (source / "notebooks" / path.name).write_bytes(path.read_bytes())
         (source / "index.md").write_text(index(results, [path.stem for path in paths]), encoding="utf-8")
+        options = ["-q", "-W", "--keep-going", "-c", str(HERE), "-d", str(Path(folder) / "doctrees")]
+        if sphinx.cmd.build.main([*options, str(source), str(pages)]):
+            raise AppendixError("Sphinx could not make the pages without a warning; its messages are above")
+        for name in (".buildinfo", "objects.inv"):
+            (pages / name).unlink(missing_ok=True)
         with atomic_path(results / "appendix") as temporary:
-            options = ["-q", "-W", "--keep-going", "-c", str(HERE), "-d", str(source / "_build")]
-            if sphinx.cmd.build.main([*options, str(source), str(temporary)]):
-                raise AppendixError("Sphinx could not make the pages without a warning; its messages are above")
-            for name in (".buildinfo", "objects.inv"):
-                (temporary / name).unlink(missing_ok=True)
+            shutil.copytree(pages, temporary)
     return results / "appendix" / "index.html"
 
 
