@@ -7,26 +7,27 @@ override PROFILE     := $(or $(value PROFILE),embedded)
 override COLLECTION  := $(value COLLECTION)
 override ARGS        := $(value ARGS)
 override PYTHON      := $(value PYTHON)
+override ROUNDS      := $(value ROUNDS)
 override VIRTUAL_ENV := $(value VIRTUAL_ENV)
 override CONDA       := $(if $(filter base,$(value CONDA_DEFAULT_ENV)),,$(value CONDA_PREFIX))
-export PROFILE COLLECTION ARGS PYTHON
+export PROFILE COLLECTION ARGS PYTHON ROUNDS
 
 # An active environment is used as it is (conda's `base` does not count); otherwise .venv is made from the lock.
-ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA))
+override ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA))
 override PY := $(or $(ACTIVE),$(CURDIR)/.venv)/bin/python
 export ACTIVE PY
 
-NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
-PROFILES  := $(sort $(basename $(notdir $(wildcard notebooks/profiles/*.yml))))
-KNOWN     := $(if $(filter 1,$(words $(PROFILE))),$(filter $(PROFILES),$(PROFILE)))
-BUILD     := build/$(KNOWN)
+override NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
+override PROFILES  := $(sort $(basename $(notdir $(wildcard notebooks/profiles/*.yml))))
+override KNOWN     := $(if $(filter 1,$(words $(PROFILE))),$(filter $(PROFILES),$(PROFILE)))
+override BUILD     := build/$(KNOWN)
 
 # A notebook's kernel is the environment's own, whatever kernels and packages else are on the machine.
-KERNEL = PYTHONPATH="$$PWD$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONHASHSEED=0 PYTHONUTF8=1 JUPYTER_PREFER_ENV_PATH=1 \
+override KERNEL = PYTHONPATH="$$PWD$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONHASHSEED=0 PYTHONUTF8=1 JUPYTER_PREFER_ENV_PATH=1 \
 	JUPYTER_PATH= MPLBACKEND=module://matplotlib_inline.backend_inline
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce smoke appendix test lab clean distclean env profile run
+.PHONY: help plan reproduce smoke appendix test torture lab clean distclean env profile run
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -37,6 +38,9 @@ help: ## this text
 	@echo
 	@echo "profiles: $(PROFILES)"
 	@echo "Outside a conda or virtual environment the first target that needs one makes .venv (Python 3.11 to 3.13)."
+
+plan: profile env ## what a run of the profile needs: time, memory, disk
+	@PYTHONPATH="$$PWD" "$$PY" scripts/plan.py
 
 reproduce: profile env ## run the notebooks into results/PROFILE/ (those that are out of date)
 	@PYTHONPATH="$$PWD" "$$PY" scripts/start_run.py "$(MAKE)" --no-print-directory run
@@ -49,6 +53,9 @@ appendix: profile env ## the executed notebooks as HTML pages, into results/PROF
 
 test: env ## run the tests (ARGS="-k name" for some)
 	@"$$PY" scripts/environment.py run -m pytest -q
+
+torture: env ## kill, fill, damage and run twice, over and over: some minutes (ROUNDS=10)
+	@PYTHONPATH="$$PWD" "$$PY" tests/test_faults.py "$${ROUNDS:-10}"
 
 lab: env ## open JupyterLab in notebooks/ with the kernel ready
 	@$(KERNEL); export PYTHONPATH JUPYTER_PREFER_ENV_PATH; \

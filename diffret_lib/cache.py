@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def cache_dir() -> Path:
     if not named:
         return Path(platformdirs.user_cache_path("diffret"))
     checkout = Path(__file__).resolve().parents[1]
-    return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / Path(named).expanduser()
+    return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / os.path.expanduser(named)
 
 
 def fetch(kind: str, key: str, make: Callable[[Path], None]) -> Path:
@@ -85,7 +85,7 @@ def remember(kind: str, key: str, compute: Callable[[], Any]) -> Any:
 
 def work_folder(kind: str, key: str) -> Path:
     """Where the making of an entry keeps what it needs to go on after an interruption; removed when it is made."""
-    return cache_dir() / "work" / f"{kind}-{key}"
+    return cache_dir() / kind / f".{key}.work"
 
 
 def seal(folder: Path) -> None:
@@ -97,7 +97,7 @@ def seal(folder: Path) -> None:
 
 def is_sealed(folder: Path) -> bool:
     """Whether a folder has a manifest, and every file is as the manifest says."""
-    return folder.is_dir() and _fault(folder) is None
+    return os.path.isdir(folder) and _fault(folder) is None
 
 
 def _fault(folder: Path) -> str | None:
@@ -137,23 +137,29 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
+    old = temporary.with_name(f"{temporary.name}.old")  # a name that `sweep` knows
     try:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            if temporary.is_dir() and path.is_dir():
-                # a folder cannot replace one that is not empty in one step
-                old = temporary.with_name(f"{temporary.name}.old")  # a name that `sweep` knows
-                os.replace(path, old)
-                os.replace(temporary, path)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.replace(temporary, path)
+            while True:
+                try:
+                    os.replace(temporary, path)
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                with suppress(FileNotFoundError):  # a full folder is not replaced in one step; others may do the same
+                    os.replace(path, old)
+                _remove(old)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, if it is there and can be removed."""
+    with suppress(OSError):
+        shutil.rmtree(path) if os.path.isdir(path) else path.unlink()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -163,32 +169,43 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left in a folder and the folders in it: temporaries whose process is gone."""
-    for path in (*folder.glob(".*.tmp*"), *folder.glob("*/.*.tmp*")):
+    """Remove what killed processes left anywhere in a folder: their temporaries, and work for entries that are made."""
+    for path in list(folder.rglob(".*")) if os.path.isdir(folder) else ():
         found = _TEMPORARY.match(path.name)
-        if found and not psutil.pid_exists(int(found[1])):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        entry = path.with_name(path.stem[1:])  # of a work folder
+        if found and not psutil.pid_exists(int(found[1])) or path.suffix == ".work" and (entry / MANIFEST).exists():
+            _remove(path)
 
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn an error of the disk or of permissions into a :class:`StorageError` that names the path and a way out."""
+    """Turn an error of disk, memory or permissions into a :class:`StorageError` that names the path and a way out."""
     try:
         yield
-    except StorageError:
-        raise
     except Exception as error:
-        number, named = getattr(error, "errno", None), Path(str(getattr(error, "filename", None) or path))
-        ours = path.parent in named.parents or named in (path, *path.parents)  # not a file that is read meanwhile
-        place = next(p for p in (path, *path.parents) if os.path.exists(p))
-        free = shutil.disk_usage(place).free
-        way_out = "set DIFFRET_CACHE (cache) or results_root (results) to a folder"
-        if number in (errno.ENOSPC, errno.EDQUOT) or free < 1 << 20:  # libraries tell of a full disk in their own ways
-            message = f"the disk is full ({free / 1e6:.1f} MB free); make room, or {way_out} on another disk"
-        elif number in (errno.EACCES, errno.EPERM, errno.EROFS) and ours:
-            message = f"cannot be written ({error.strerror}); {way_out} of yours"
-        elif number in (errno.ENOTDIR, errno.EEXIST) and not place.is_dir():
-            message = f"{place} is a file, and a folder is needed; remove or rename it"
-        else:
+        reason = None if isinstance(error, StorageError) else _reason(path, error)
+        if reason is None:
             raise
-        raise StorageError(f"{path}: {message}") from error
+        raise StorageError(f"{path}: {reason}") from error
+
+
+def _reason(path: Path, error: Exception) -> str | None:
+    """What is wrong and what to do, when an error on the way to ``path`` is one of disk, memory or permissions."""
+    number, named = getattr(error, "errno", None), Path(str(getattr(error, "filename", None) or path))
+    ours = path.parent in named.parents or named in (path, *path.parents)  # not a file that is read meanwhile
+    place = next(p for p in (path, *path.parents) if os.path.exists(p))
+    disk, way_out = shutil.disk_usage(place), "set DIFFRET_CACHE (cache) or results_root (results) to a folder"
+    # libraries tell of a full disk or memory in their own ways; /proc has no room at all
+    full = "No space left on device" in str(error) or 0 < disk.total and disk.free < 1 << 20
+    if full or number in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({disk.free / 1e6:.1f} MB free); make room, or {way_out} on another disk"
+    said, free = str(error).partition("\n")[0], psutil.virtual_memory().available
+    if isinstance(error, MemoryError) or re.search("(?i)cannot allocate memory|out of memory", said):  # ENOMEM's, too
+        advice = "end other programs, or lower the profile's batch_tokens and mini_batch"
+        return f"the memory is full ({free / 1e6:.0f} MB available; {said or type(error).__name__}); {advice}"
+    if not (isinstance(error, OSError) and number and ours):
+        return None
+    if number in (errno.ENOTDIR, errno.EEXIST) and not os.path.isdir(place):
+        return f"{place} is a file, and a folder is needed; remove or rename it"
+    unwritten = number == errno.ENOENT and named not in (path, *path.parents) and os.path.isdir(path.parent)
+    return None if unwritten else f"cannot be written ({error.strerror}); {way_out} of yours"

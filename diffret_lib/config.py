@@ -10,7 +10,9 @@ JupyterLab reads the same file.
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -45,6 +47,8 @@ class ProfileError(ValueError):
 Name = Annotated[str, StringConstraints(min_length=1, pattern=r"^\S(.*\S)?$")]
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Counts = Annotated[list[Count], Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Model(BaseModel):
@@ -52,17 +56,26 @@ class _Model(BaseModel):
 
 
 class Backbones(_Model):
-    """Names of the two backbones that a run compares (entries of ``diffret_lib/models/backbones.yaml``)."""
+    """Names of the backbones that a run compares (entries of ``diffret_lib/models/backbones.yaml``).
+
+    ``text_only`` is the diffusion backbone before it met the retrieval prompt; without it, no system runs on that.
+    """
 
     diffusion: Name
     autoregressive: Name
+    text_only: Name | None = None
 
 
 class Sample(_Model):
-    """How much of a collection is searched; ``None`` stands for all of it."""
+    """How much of a collection is searched; ``None`` stands for all of it.
+
+    The pool holds the relevant passages, then up to ``hard`` passages of each query that BM25 ranks highest, then
+    random ones.
+    """
 
     queries: Count | None
     passages: Count | None
+    hard: int = Field(default=0, ge=0, le=1000)
 
 
 class Development(Sample):
@@ -80,23 +93,44 @@ class Adaptation(_Model):
 
 
 class Training(_Model):
-    """The contrastive fine-tuning of notebook 03, the same for every system.
+    """The contrastive fine-tuning of notebook 03, the same for every system; defaults are the authors' settings.
 
-    ``sample`` of the training collection is trained on, and negatives are mined there.  A step has ``batch_size``
-    queries with ``negatives`` hard negatives each, and ``mini_batch`` texts in a forward pass.  nDCG@10 on
-    ``development`` is measured every ``evaluate_every`` steps; training stops after ``patience`` without a gain.
+    All ``collections`` are trained on together, and negatives are mined in each.  A step has ``batch_size`` queries
+    with ``negatives`` hard negatives each, and ``mini_batch`` texts in a forward pass.  nDCG@10 on ``development`` is
+    measured every ``evaluate_every`` steps; training stops after ``patience`` without a gain.  The best of
+    ``learning_rates`` by it is taken, after ``selection_steps`` of each (null: all steps); ``seeds`` are the
+    repetitions of :data:`diffret_lib.experiments.study.REPEATED`.  ``temperatures`` are by class name, else
+    ``temperature``.  With ``adapters``, a folder of published ones (from the checkout), nothing is trained.
     """
 
-    sample: Sample
+    collections: list[Development] = Field(min_length=1)
     steps: Count
     batch_size: Count
     negatives: Count
     mini_batch: Count
     max_passage_tokens: Count
-    learning_rate: float = Field(gt=0, lt=1)
+    learning_rates: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
+    selection_steps: Count | None = None
+    seeds: Count = 1
+    warmup_ratio: Share = 0.06
+    weight_decay: Share = 0.01
+    dropout: Share = 0.05
+    temperature: Positive = 0.01
+    temperatures: dict[Name, Positive] = {"DiffEmbed": 0.02, "RepLLaMA": 0.02}
+    sparse_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    sparse_temperature: Positive = 1.0
+    mask_false_negatives: bool = True
     development: Development
     evaluate_every: Count
     patience: Count
+    adapters: Name | None = None
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _each_once(cls, values: list[float]) -> list[float]:
+        if len(set(values)) < len(values):
+            raise ValueError("each learning rate is given once")
+        return values
 
 
 class Efficiency(_Model):
@@ -126,24 +160,32 @@ class Profile(_Model):
     """One run of the notebooks, frozen and validated.
 
     ``name`` is the file's stem and the folder under ``results/``.  The pair (Kq, Kp) is selected on
-    ``train_collection``; the first of ``test_collections`` is the in-domain one.  ``max_query_tokens`` and
-    ``max_passage_tokens`` count the text alone; ``promptreps_max_tokens`` is PromptReps' longest answer, ``top_k`` the
-    length of every ranking, ``batch_tokens`` the token budget of a batch.
+    ``train_collection``; the first of ``test_collections`` is the in-domain one.  ``sample`` is taken of each test
+    collection, or what ``samples`` says for it; ``departures`` of the training collection for the table of departures,
+    ``dtype_sample`` of each test collection for what bfloat16 changes (null: not shown).
+    ``max_query_tokens`` and ``max_passage_tokens`` count the text alone; ``promptreps_vectors`` are PromptReps' most
+    vectors (N, the prompt's among them), ``top_k`` the length of every ranking, ``batch_tokens`` the token budget of a
+    batch on a CPU.  With ``shared_text_grid`` all pairs of the grid come from one pass over each text.  ``dtype``
+    "auto" is bfloat16 where the machine is fast in it.
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     description: Name
     seed: int = Field(ge=0, lt=2**32)
     backbones: Backbones
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Literal["auto", "float32", "bfloat16"]
     train_collection: Name
     test_collections: list[Name] = Field(min_length=1)
     sample: Sample
+    samples: dict[Name, Sample] = {}
     train_sample: Sample
+    departures: Sample
+    dtype_sample: Sample | None = None
     max_query_tokens: Count
     max_passage_tokens: Count
     k_grid: Counts
-    promptreps_max_tokens: Count
+    shared_text_grid: bool
+    promptreps_vectors: Count
     top_k: Count
     batch_tokens: Count
     bootstrap_resamples: int = Field(ge=2)
@@ -173,8 +215,7 @@ def load_profile(profile: str | Path | Mapping[str, Any] | Profile, collection: 
         The name of a file in ``notebooks/profiles/`` (``"embedded"``), the path of any such file (ending in ``.yml`` or
         ``.yaml``), or the content of its key ``profile``.
     collection
-        One more test collection, if the profile has it not yet: a BEIR folder (``"path"`` or ``"path:split"``, from the
-        current folder or the checkout) or a ``pydocs/`` name.  Empty text counts as none.
+        More test collections, where the profile has them not yet; see :func:`split_collections`.  Empty text is none.
 
     Raises
     ------
@@ -195,9 +236,50 @@ def load_profile(profile: str | Path | Mapping[str, Any] | Profile, collection: 
         if isinstance(where, Path) and profile.name != where.stem:
             raise ProfileError(f"{where}: name: {profile.name!r} must be {where.stem!r}, the file's name")
     collection = "" if collection is None else str(collection).strip()
-    if not collection or collection in profile.test_collections:
+    if not collection:
         return profile
-    return profile.model_copy(update={"test_collections": [*profile.test_collections, collection]})
+    tests = dict.fromkeys([*profile.test_collections, *split_collections(collection)])
+    return profile.model_copy(update={"test_collections": list(tests)})
+
+
+_NAMED = re.compile(r"(beir|ir)/[\w.-]+(:[\w.-]+)?")
+
+
+def collection_folder(name: str | Path) -> tuple[Path, str] | None:
+    """Folder and split of a collection named ``path``, ``path:split``, ``beir/NAME`` or ``ir/NAME``; None: no folder.
+
+    The two last are looked for in the folder ``DIFFRET_DATA`` (a relative one counts from the checkout), paths
+    from the current folder, then from the checkout; ``~`` is the home folder.
+    """
+    text, data = str(name), os.environ.get("DIFFRET_DATA")
+    before, _, last = text.rpartition(":")
+    for path, split in ((text, "test"), (before, last)):
+        kind, _, short = path.partition("/")
+        home, places = os.path.expanduser(path), []
+        if data and short and kind in ("beir", "ir"):
+            names = (short, "med") if short == "medline" else (short,)
+            places = [CHECKOUT / os.path.expanduser(data) / each for each in names]
+        for folder in (*places, Path(home), CHECKOUT / home):
+            if path and split and os.path.isdir(folder):  # False for a name that is too long as well
+                return folder, split
+    return None
+
+
+def split_collections(text: str) -> list[str]:
+    """Names of collections in a text: the whole of it where that is one, else its words (with quotes as in a shell).
+
+    A name is a ``pydocs/``, ``beir/`` or ``ir/`` one, or a BEIR folder (``path`` or ``path:split``).
+    """
+
+    def known(name: str) -> bool:
+        return name in PYDOCS or bool(_NAMED.fullmatch(name)) or collection_folder(name) is not None
+
+    text = text.strip()
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quotation mark that is not closed
+        words = []
+    return [text] if known(text) or not words or not all(map(known, words)) else words
 
 
 def slug(name: str) -> str:

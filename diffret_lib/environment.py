@@ -7,17 +7,16 @@ import re
 import subprocess
 from collections.abc import Iterable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 #: Distributions whose version can change a number: they are part of every address in the cache.
 NUMERIC_PACKAGES = (
-    "torch", "transformers", "tokenizers", "sentence-transformers", "peft", "gguf", "numpy", "scipy", "pandas",
-    "scikit-learn", "statsmodels", "ranx", "faiss-cpu", "bm25s", "PyStemmer", "numpydoc",
+    "torch", "transformers", "tokenizers", "sentence-transformers", "peft", "accelerate", "gguf", "datasets", "numpy",
+    "numba", "scipy", "pandas", "scikit-learn", "statsmodels", "ranx", "faiss-cpu", "bm25s", "PyStemmer", "numpydoc",
 )  # fmt: skip
-RECORDED_PACKAGES = ("diffret", *NUMERIC_PACKAGES, "datasets", "safetensors", "matplotlib", "seaborn", "papermill")
+RECORDED_PACKAGES = ("diffret", *NUMERIC_PACKAGES, "safetensors", "matplotlib", "seaborn", "papermill")
 
 
 def versions(packages: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str | None]:
@@ -35,9 +34,7 @@ def hardware() -> dict[str, Any]:
     """Processor, cores, memory (bytes), GPUs and operating system."""
     process = psutil.Process()
     gpus = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader").splitlines()
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
-    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    named = re.search(r"^model name\s*:\s*(.+)$", _output("cat", "/proc/cpuinfo"), re.MULTILINE)
     cpu = named[1].strip() if named else _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     return {
         "cpu": cpu,

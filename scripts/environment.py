@@ -63,8 +63,18 @@ def check() -> None:
         print(f"note: {len(other)} packages are not as in requirements.lock: {', '.join(other[:4])}", file=sys.stderr)
 
 
-if __name__ == "__main__":
-    if sys.argv[1] == "run":
+def run() -> None:
+    """Replace this process by Python with the arguments and the words of ARGS."""
+    try:
         words = shlex.split(os.environ.get("ARGS", ""))
-        os.execv(sys.executable, [sys.executable, *sys.argv[2:], *words])
-    {"make": make, "check": check}[sys.argv[1]]()
+    except ValueError as error:  # a quotation mark that is not closed
+        sys.exit(f"error: ARGS={os.environ['ARGS']}: {error}")
+    os.execv(sys.executable, [sys.executable, *sys.argv[2:], *words])
+
+
+if __name__ == "__main__":
+    try:
+        {"make": make, "check": check, "run": run}[sys.argv[1]]()
+    except OSError as error:
+        advice = "room and the right to write are needed in the checkout, and the Python of its environment"
+        sys.exit(f"error: {error.filename or CHECKOUT}: {error.strerror}; {advice}")

@@ -25,6 +25,8 @@ from diffret_lib.report.results import Results
 ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 CURSOR_UP = re.compile(r"\x1b\[\d*A")
 PROGRESS = re.compile(r"\d+%\|.*\||\d+(\.\d+)?\w* ?\[\d+:\d+(:\d+)?, ")
+#: Errors whose message has the place, what is wrong and what to do.
+NAMED = ("StorageError", "ProfileError", "BackboneError")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -68,9 +70,14 @@ def clean_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
 
 
 def failure(executed: nbformat.NotebookNode) -> str:
-    """The failing cell's source, then its traceback; of a kernel that ended, the cell that it was in."""
+    """The failing cell's source, then its traceback; of a kernel that ended, the cell that it was in.
+
+    The errors of :data:`NAMED` say all themselves.
+    """
     for cell in executed.cells:
         for output in cell.get("outputs", []):
+            if output.output_type == "error" and output.ename in NAMED:
+                return output.evalue
             if output.output_type == "error":
                 return ANSI.sub("", f"{shown(cell)}{chr(10).join(output.traceback).rstrip()}")
     code = [cell for cell in executed.cells if cell.cell_type == "code"]
@@ -130,7 +137,7 @@ def main(profile_name: str, name: str, status: int) -> int:
         print(f"\nerror: {name} failed under profile {profile_name}{kept}\n\n{message}", file=sys.stderr)
         return 1
     failed.unlink(missing_ok=True)
-    names = [*made(results, begun.stat().st_mtime_ns, done), f"notebooks/{name}.ipynb"]
+    names = [*made(results, begun.stat().st_mtime_ns, done), f"notebooks/{name}.ipynb", "run.json"]
     inputs = (build / f"{name}.inputs").read_text(encoding="utf-8")
     write_text(done, json.dumps({"inputs": inputs, "made": names}, indent=1) + "\n")
     return 0
@@ -139,5 +146,5 @@ def main(profile_name: str, name: str, status: int) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
-    except StorageError as error:
+    except (StorageError, ValueError) as error:  # of a profile or a record of runs that cannot be read
         sys.exit(f"error: {error}")

@@ -1,6 +1,6 @@
-"""Make the package's diffusion adapter of a finished run of notebook 00: weights, log and model card.
+"""Make the package's diffusion adapters of a finished run of notebook 00: weights, log and model cards.
 
-    python scripts/publish_backbone.py WORK [--profile embedded]
+    python scripts/publish_backbone.py WORK
 
 WORK is the folder that the notebook's parameter `work` named with `long = True`.
 """
@@ -14,14 +14,13 @@ from pathlib import Path
 import pandas as pd
 
 from diffret_lib.cache import write_text
-from diffret_lib.config import PACKAGES, load_profile
-from diffret_lib.data.training_text import HELD_OUT_PACKAGES, held_out_texts
-from diffret_lib.experiments.comparison import logged_retrieval, stage_retrieval
-from diffret_lib.experiments.study import Study
-from diffret_lib.models.backbones import adapter_path, load_backbone
-from diffret_lib.training.adaptation import COMMITTED, LOG, STAGES, UNADAPTED, held_out_losses, read_curves, read_log
+from diffret_lib.config import PACKAGES
+from diffret_lib.data.training_text import HELD_OUT_PACKAGES
+from diffret_lib.models.backbones import adapter_path
+from diffret_lib.training.adaptation import LOG, STAGES, adaptation_table, layers, read_curves
 from diffret_lib.training.lora import export_adapter
-from diffret_lib.training.masked_diffusion import pack
+
+TEXT, ANSWERS = "smollm2-135m-diffusion-text", "smollm2-135m-diffusion"
 
 CARD = """---
 license: apache-2.0
@@ -30,24 +29,24 @@ library_name: peft
 tags: [masked-diffusion, lora]
 ---
 
-# SmolLM2-135M-Diffusion
+# {name}
 
-A LoRA adapter and a trained mask-token embedding (`<file_sep>`) that make a masked diffusion language model of
-SmolLM2-135M-Instruct, as Dream was made of Qwen2.5: attention looks both ways, and token i is predicted at
-position i - 1. Weights in bfloat16. Load it with
-`diffret_lib.models.backbones.load_backbone("smollm2-135m-diffusion")`.
+{about} Attention looks both ways, and token i is predicted at position i - 1, as in Dream. Weights in bfloat16. Load it
+with `diffret_lib.models.backbones.load_backbone("{name}")`.
 
-This page is written by `python scripts/publish_backbone.py` from `training_log.json`.
+This page is written by `python scripts/publish_backbone.py` from `{log}`.
 
 ## Data
 
-Documentation: docstrings and descriptions of installed packages (`diffret_lib/data/training_text.py`) and of the
-wheels in `notebooks/adaptation-wheels.txt`, the standard library's docstrings, and the Python language reference. No
-package that is a retrieval collection ({collections}) is read, texts that share 13 words in a row with one of their
-docstrings are dropped, and {held_out} are held out.
+Plain text: docstrings and descriptions of installed packages and of the wheels in `notebooks/adaptation-wheels.txt`, the
+standard library's docstrings and the Python language reference, and the free manuals and dictionaries of Debian that
+`scripts/fetch_adaptation_texts.sh` lists (`diffret_lib/data/training_text.py` reads them all). No package that is a
+retrieval collection ({collections}) is read, and texts that share 13 words in a row with one of their docstrings, or
+with a passage or query of SciFact, Cranfield, NPL or Medline, are dropped. {held_out} and the excerpts in
+`diffret_lib/data/held_out_english.txt` are held out.
 
-The later stages add the retrieval prompt with the answer of SmolLM2-135M-Instruct to it, for `answered_passages`
-passages and a quarter as many queries out of the same documentation. No relevance judgement is used anywhere.
+The stage `answers` adds the retrieval prompt with the answer of SmolLM2-135M-Instruct to it, for `answered_passages`
+passages and a quarter as many queries out of the same texts. No relevance judgement is used anywhere.
 
 ## Recipe
 
@@ -55,86 +54,52 @@ passages and a quarter as many queries out of the same documentation. No relevan
 
 ## Held-out cross-entropy
 
-Nats per masked token at the share of masked tokens, on docstrings of the held-out packages.
+Nats per masked token at the share of masked tokens, after the tokens seen.
 
 {losses}
 
-## Zero-shot retrieval at each stage
-
-nDCG@10 on {collection}.
-
-{retrieval}
-
 ## Limits
 
-135 M parameters and some hours of CPU training: far from Dream or LLaDA. It knows Python documentation in
-English; it was not tried on anything else, and it is no text generator.
+135 M parameters: far from Dream or LLaDA. It was trained on English documentation and dictionaries, and is no text
+generator. Notebook 00 measures what each stage adds to retrieval.
 """
+ABOUT = {
+    TEXT: "A LoRA adapter and a trained mask-token embedding (`<file_sep>`) that make a masked diffusion language model "
+    "of SmolLM2-135M-Instruct. It has seen plain text alone, never the retrieval prompt.",
+    ANSWERS: f"A LoRA adapter on top of `{TEXT}`, trained with the retrieval prompt and the parent's own answers to it.",
+}
 
 
-def write_card(adapter: Path) -> None:
-    """Write the model card beside an adapter, from its log."""
-    log = read_log(adapter)
-    measured = [record for record in log["curve"] if "held_out" in record]
-    last = measured[-1]["step"] if measured else 0
-    rows = [(UNADAPTED, 0, log["before"]), *((r["stage"], r["step"], r["held_out"]) for r in measured)]
-    rows.append((COMMITTED, last, log["after"]))
-    losses = [
-        {"stage": stage, "step": step} | {f"{float(ratio):.0%}": loss for ratio, loss in values.items()}
-        for stage, step, values in rows
-    ]
-    retrieval = pd.DataFrame(log["retrieval"]).astype({"K": "Int64"}).astype(object).fillna("")
-    card = CARD.format(
-        collections=", ".join(PACKAGES),
-        held_out=", ".join(HELD_OUT_PACKAGES),
-        recipes=pd.DataFrame(log["recipes"]).set_index("stage").T.to_markdown(),
-        losses=pd.DataFrame(losses).to_markdown(index=False, floatfmt=".2f"),
-        collection=log["collection_name"],
-        retrieval=retrieval.to_markdown(index=False, floatfmt=".3f"),
-    )
-    write_text(Path(adapter) / "README.md", card)
-
-
-def publish(work: Path, profile: str = "embedded") -> None:
-    """Export the last stage's adapter and measure every stage in ``work``.
-
-    Cross-entropy is measured on the held-out packages, retrieval on the profile's development collection.
-    """
-    study = Study(load_profile(profile))
-    name = study.profile.backbones.diffusion
-    target = adapter_path(name)
-    known = read_log(target) if (target / LOG).exists() else {"retrieval": [], "collection": ""}
-    folders = {stage.stage: work / stage.stage for stage in STAGES}
-    size = export_adapter(folders[STAGES[-1].stage] / "adapter", target)
-    print(f"{target}: {size / 1e6:.1f} MB")
-    bare = load_backbone(name, adapter="none", dtype="bfloat16")
-    texts, count = [t.text for t in held_out_texts()], study.profile.adaptation.held_out_sequences
-    rows = pack(texts, bare.tokenizer, 256, limit=count)
-    before, after = (held_out_losses(backbone, rows) for backbone in (bare, study.backbone("diffusion")))
-    collection = study.development
-    earlier = {stage: folder / "adapter" for stage, folder in list(folders.items())[:-1]}
-    stages = {UNADAPTED: "none"} | {s: folder for s, folder in earlier.items() if folder.exists()} | {COMMITTED: None}
-    measured = stage_retrieval(study, collection, stages)
-    # a stage whose adapter is no longer there keeps what was measured when it was
-    logged = logged_retrieval(known, collection, but=list(stages))
-    order = ["", UNADAPTED, *earlier, COMMITTED]
-    retrieval = pd.concat([measured, logged]).sort_values("stage", key=lambda s: s.map(order.index), kind="stable")
+def publish(work: Path) -> None:
+    """Write both adapters, their cards, and the log of the run beside the second."""
+    folders = [work / stage.stage for stage in STAGES]
+    curve = read_curves(folders)
     log = {
-        "recipes": [json.loads((folder / "recipe.json").read_text(encoding="utf-8")) for folder in folders.values()],
-        "curve": read_curves(list(folders.values())),
-        "retrieval": json.loads(retrieval.to_json(orient="records")),
-        "before": before,
-        "after": after,
-        "collection": collection.fingerprint,
-        "collection_name": f"{collection.name} ({collection.coverage})",
+        "recipes": [json.loads((folder / "recipe.json").read_text(encoding="utf-8")) for folder in folders],
+        "curve": curve,
     }
-    write_text(target / LOG, json.dumps(log, indent=1) + "\n")
-    write_card(target)
+    table = adaptation_table(curve)
+    losses = table.assign(masked=table["mask_ratio"].map("{:.0%}".format)).pivot(
+        index=["tokens_seen", "stage"], columns=["text", "masked"], values="cross_entropy"
+    )
+    losses.columns = [", ".join(column) for column in losses.columns]
+    for name, folder in zip((TEXT, ANSWERS), layers(STAGES, folders), strict=True):
+        target = adapter_path(name)
+        print(f"{target}: {export_adapter(folder / 'adapter', target) / 1e6:.1f} MB")
+        card = CARD.format(
+            name=name,
+            about=ABOUT[name],
+            log=f"training_log.json (of {ANSWERS})",
+            collections=", ".join(PACKAGES),
+            held_out=", ".join(HELD_OUT_PACKAGES),
+            recipes=pd.DataFrame(log["recipes"]).set_index("stage").T.to_markdown(),
+            losses=losses.reset_index().to_markdown(index=False, floatfmt=".2f"),
+        )
+        write_text(target / "README.md", card)
+    write_text(adapter_path(ANSWERS) / LOG, json.dumps(log, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path, help="folder of the run's stages")
-    parser.add_argument("--profile", default="embedded")
-    arguments = parser.parse_args()
-    publish(arguments.work, arguments.profile)
+    publish(parser.parse_args().work)

@@ -1,10 +1,10 @@
 """Check what a run of the notebooks needs, find what has changed, and go on: ``start_run.py make run``.
 
-The profile is named by the environment variable PROFILE, a further collection by COLLECTION.  For every notebook
+The profile is named by the environment variable PROFILE, further collections by COLLECTION.  For every notebook
 ``build/PROFILE/NAME.inputs`` gets a SHA-256 over all that its result depends on: its cells, the library's code (without
-comments and docstrings) and data, the versions of the packages, the profile, and the files of the collection.  Its time
-is what make looks at: that of 1970 when ``NAME.done`` has the same SHA-256 and all files that it names are there, else
-now.
+comments and docstrings) and data, the versions of the packages, the profile, and the files of its collections.  Its
+time is what make looks at: that of 1970 when ``NAME.done`` has the same SHA-256 and all files that it names are there,
+else now.  Where a notebook is out of date the profile is checked as a whole first.
 
 One run at a time: a second one in the same checkout with the same profile says that it waits.
 """
@@ -19,27 +19,17 @@ from pathlib import Path
 
 from diffret_lib.addresses import SourceTree, fingerprint
 from diffret_lib.cache import StorageError, cache_dir, explained, file_sha256, sweep, write_text
-from diffret_lib.config import CHECKOUT, PYDOCS, ProfileError, load_profile
+from diffret_lib.config import CHECKOUT, ProfileError, collection_folder, load_profile, split_collections
 from diffret_lib.environment import versions
 
 BOM = b"\xef\xbb\xbf"
 
 
 def collection_files(name: str) -> list[Path]:
-    """Files of a BEIR folder, given as ``path`` or ``path:split``; none for no name and for docstrings.
-
-    Raises
-    ------
-    ProfileError
-        If there is no such folder.
-    """
-    if not name or name in PYDOCS:
-        return []
-    for path in (name, name.rpartition(":")[0] or name):
-        for base in (CHECKOUT / "notebooks", CHECKOUT):
-            if (folder := base / Path(path).expanduser()).is_dir():
-                return sorted(p for p in folder.rglob("*") if p.suffix in (".jsonl", ".tsv") and p.is_file())
-    raise ProfileError(f"COLLECTION: there is no folder {name!r}, and no docstring collection of that name")
+    """Files of a collection that is read from a folder; none for one of docstrings or of the hub."""
+    folder, _ = collection_folder(name) or (None, "")
+    found = folder.rglob("*") if folder else ()
+    return sorted(p for p in found if p.name.removesuffix(".gz").endswith((".jsonl", ".tsv")) and p.is_file())
 
 
 def library() -> str:
@@ -49,8 +39,8 @@ def library() -> str:
     return fingerprint(SourceTree(root).everything(), {str(p.relative_to(root)): file_sha256(p) for p in data})
 
 
-def prepare(name: str, depends_on: str, build: Path, results: Path) -> None:
-    """Write ``NAME.inputs``: older than any ``NAME.done`` when that is the outcome of these inputs, and whole."""
+def prepare(name: str, depends_on: str, build: Path, results: Path) -> bool:
+    """Write ``NAME.inputs``, and return whether ``NAME.done`` is the outcome of these inputs, and whole."""
     content = (CHECKOUT / "notebooks" / f"{name}.ipynb").read_bytes()
     plain = build / f"{name}.plain.ipynb"
     if content.startswith(BOM):
@@ -70,13 +60,18 @@ def prepare(name: str, depends_on: str, build: Path, results: Path) -> None:
         fresh = False
     write_text(inputs, key)
     if fresh:
-        os.utime(inputs, (0, 0))
+        os.utime(inputs, (0, 0))  # older than any NAME.done
+    return fresh
 
 
 def main(command: list[str]) -> None:
     """Replace this process by the command, which then holds the lock."""
-    collection = os.environ.get("COLLECTION", "")
+    collection = os.environ.get("COLLECTION", "").strip()
+    os.chdir(CHECKOUT / "notebooks")  # so that a relative path is here what it is in the notebooks
     profile = load_profile(os.environ["PROFILE"], collection)
+    for name in split_collections(collection) if collection else ():
+        if collection_folder(name) is None and not name.startswith(("pydocs/", "beir/")):
+            raise ProfileError(f"COLLECTION: there is no folder {name!r}; beir/ and ir/ names need DIFFRET_DATA")
     build, results = CHECKOUT / "build" / profile.name, CHECKOUT / "results" / profile.name
     for folder in (build, results, cache_dir()):
         with explained(folder):
@@ -89,10 +84,16 @@ def main(command: list[str]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
     for folder in (build, results):
         sweep(folder)
-    files = {str(path): file_sha256(path) for path in collection_files(collection)}
+    sizes = (profile.adaptation.zero_shot, profile.training.development, *profile.training.collections)
+    names = {profile.train_collection, *profile.test_collections, *(size.collection for size in sizes)}
+    files = {str(path): file_sha256(path) for name in names for path in collection_files(name)}
     depends_on = fingerprint(library(), versions(), profile.model_dump(mode="json"), collection, files)
-    for path in (CHECKOUT / "notebooks").glob("[0-9][0-9]_*.ipynb"):
-        prepare(path.stem, depends_on, build, results)
+    notebooks = (CHECKOUT / "notebooks").glob("[0-9][0-9]_*.ipynb")
+    if not all([prepare(path.stem, depends_on, build, results) for path in notebooks]):
+        from scripts.plan import check  # here, since it takes seconds to load
+
+        check(profile)
+    os.chdir(CHECKOUT)
     os.set_inheritable(lock, True)
     os.execvp(command[0], command)
 

@@ -10,23 +10,33 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from scripts.publish_backbone import write_card
-from tests.tiny import tiny_folder, tiny_spec, tiny_tokenizer
 from transformers import LlamaForCausalLM
 
 from diffret_lib.models.backbones import load_backbone, make_bidirectional
 from diffret_lib.models.prompts import RetrievalPrompt
 from diffret_lib.training import adaptation
-from diffret_lib.training.adaptation import adapt, adaptation_table, read_curves
+from diffret_lib.training.adaptation import adapt, adaptation_table, layers, read_curves
 from diffret_lib.training.lora import add_lora, export_adapter, last_checkpoint, save_adapter
 from diffret_lib.training.masked_diffusion import (
-    TARGETS, Answer, MaskedRows, Recipe, answer_texts, collate, content_token_mask, held_out_cross_entropy,
-    masked_cross_entropy, pack, parent_answers, train,
+    TARGETS,
+    Answer,
+    MaskedRows,
+    Recipe,
+    answer_texts,
+    collate,
+    content_token_mask,
+    held_out_cross_entropy,
+    masked_cross_entropy,
+    pack,
+    parent_answers,
+    train,
 )  # fmt: skip
+from scripts import publish_backbone
+from tests.tiny import tiny_folder, tiny_spec, tiny_tokenizer
 
 MASK = 5
 RECIPE = Recipe(
-    tokens=8 * 2 * 16, sequence_length=16, batch_size=2, rank=2, alpha=4, learning_rate=2e-2, final_learning_rate=1e-2,
+    "text", tokens=8 * 2 * 16, sequence_length=16, batch_size=2, rank=2, alpha=4, learning_rate=2e-2, final_learning_rate=1e-2,
     warmup_steps=2,
 )  # fmt: skip
 
@@ -57,7 +67,16 @@ def loaded(folder, dtype: str = "float32"):
 
 
 def adapted(folder, recipe: Recipe):
-    return adaptation._start(loaded(folder), MASK, recipe, None)
+    backbone = loaded(folder)
+    make_bidirectional(backbone.model)
+    options = {"rank": recipe.rank, "alpha": recipe.alpha, "seed": recipe.seed}
+    return add_lora(backbone, **options, trainable_token_indices={"embed_tokens": [MASK]})
+
+
+def masked_rows(rows, *, batch_size: int, seed: int, answers=()) -> MaskedRows:
+    """As many sequences as take every row once."""
+    length = len(rows) * (2 if answers else 1)
+    return MaskedRows(rows, MASK, length=length, batch_size=batch_size, seed=seed, answers=answers)
 
 
 def answers(n: int = 6) -> list[Answer]:
@@ -99,7 +118,7 @@ def plain_loss(folder, items) -> float:
 
 @pytest.mark.parametrize("with_answers", [False, True])
 def test_loss_as_plainly_computed(folder, rows, with_answers):
-    data = MaskedRows(rows, MASK, batch_size=4, seed=3, answers=answers() if with_answers else ())
+    data = masked_rows(rows, batch_size=4, seed=3, answers=answers() if with_answers else ())
     items = [data[i] for i in range(4)]
     batch = collate(items, pad_id=2)
     assert with_answers != bool(batch["attention_mask"].all())  # answers make rows of different lengths
@@ -132,20 +151,20 @@ def equal(a: dict, b: dict) -> bool:
 
 def test_an_item_is_the_same_on_every_access(rows):
     for more in ((), answers()):
-        one, two = (MaskedRows(rows, MASK, batch_size=4, seed=3, answers=more) for _ in range(2))
+        one, two = (masked_rows(rows, batch_size=4, seed=3, answers=more) for _ in range(2))
         order = list(range(len(one)))
         random.Random(0).shuffle(order)
         np.random.seed(1)
         shuffled = {i: two[i] for i in order}
         assert all(equal(one[i], shuffled[i]) for i in order)
-        other = MaskedRows(rows, MASK, batch_size=4, seed=4, answers=more)
+        other = masked_rows(rows, batch_size=4, seed=4, answers=more)
         assert not all(equal(one[i], other[i]) for i in order)
 
 
 def test_masking_of_documentation():
     documentation = np.random.default_rng(0).integers(10, 400, (400, 200))
     batch = 4
-    data = MaskedRows(documentation, MASK, batch_size=batch, seed=0)
+    data = masked_rows(documentation, batch_size=batch, seed=0)
     assert len(data) == 400
     shares = []
     for i in range(len(data)):
@@ -166,9 +185,18 @@ def test_masking_of_documentation():
     assert np.corrcoef(shares[:, 1], shares[:, 2])[0, 1] > 0.7
 
 
+def test_rows_are_taken_again_and_masked_otherwise(rows):
+    data = MaskedRows(rows[:3], MASK, length=9, batch_size=4, seed=0)
+    items = [data[i] for i in range(9)]
+    for i, item in enumerate(items):
+        ids, hidden = item["input_ids"].numpy(), item["masked"].numpy()
+        assert np.array_equal(np.where(np.isin(np.arange(16), hidden), rows[i % 3], ids), rows[i % 3])
+    assert not torch.equal(items[0]["masked"], items[3]["masked"])
+
+
 def test_of_an_answer_only_the_answer_is_masked(rows):
     given = answers()
-    data = MaskedRows(rows, MASK, batch_size=4, seed=0, answers=given)
+    data = masked_rows(rows, batch_size=4, seed=0, answers=given)
     assert len(data) == 2 * len(rows)
     full = partial = 0
     documentation = set()
@@ -280,7 +308,9 @@ def assert_same_adapters(one, two) -> None:
 
 
 def start(folder, rows, recipe: Recipe, work, model=None, **options):
-    data = MaskedRows(rows, MASK, batch_size=recipe.batch_size, seed=recipe.seed)
+    data = MaskedRows(
+        rows, MASK, length=recipe.steps * recipe.batch_size, batch_size=recipe.batch_size, seed=recipe.seed
+    )
     return train(model or adapted(folder, recipe), "base", data, recipe, work, pad_id=2, **options)
 
 
@@ -289,7 +319,7 @@ def test_training_lowers_the_loss(folder, rows, tmp_path):
     recipe = replace(RECIPE, tokens=30 * 2 * 16, schedule_tokens=60 * 2 * 16)
     model = adapted(folder, recipe)
     adapter, records = start(
-        folder, rows, recipe, tmp_path / "work", model, evaluate=lambda m: {"0.5": 1.0}, evaluate_every=15
+        folder, rows, recipe, tmp_path / "work", model, evaluate=lambda m: {"held_out text": {"0.5": 1.0}}, evaluate_every=15
     )
     after = held_out_cross_entropy(model, rows, MASK)
     assert all(after[r] < before[r] - 0.5 for r in before)
@@ -302,11 +332,11 @@ def test_training_lowers_the_loss(folder, rows, tmp_path):
         kept = next(v for k, v in base.items() if k.replace("token_adapter.", "").replace("base_layer.", "") == name)
         assert torch.equal(kept, tensor)
     # the curve, and the learning rate: warm-up, then a cosine over schedule_tokens, not over tokens
-    assert [r["step"] for r in records if "held_out" in r] == [15, 30]
+    assert [r["step"] for r in records if "held_out text" in r] == [15, 30]
     logged = {r["step"]: r for r in records if "loss" in r}
     assert sorted(logged) == [10, 20, 30]
     for step, record in logged.items():
-        assert record["stage"] == "documentation" and record["tokens_seen"] == step * 32
+        assert record["stage"] == "text" and record["tokens_seen"] == step * 32
         progress = (step - 1 - 2) / (60 - 2)
         expected = 1e-2 + (2e-2 - 1e-2) * 0.5 * (1 + math.cos(math.pi * progress))
         assert record["learning_rate"] == pytest.approx(expected, rel=0.02)
@@ -327,6 +357,7 @@ def test_interrupted_training_ends_with_the_same_weights(folder, rows, tmp_path,
         steps.append(1)
         if len(steps) == 7:
             raise Killed
+        return {}
 
     cut = tmp_path / "cut"
     with pytest.raises(Killed):
@@ -378,36 +409,50 @@ def test_stages_and_starting_again(folder, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
     answered, trained, texts = [], [], [f"Return a sorted copy of array {i} along the given axis." for i in range(60)]
     monkeypatch.setattr(adaptation, "collect_answers", lambda *args: answered.append(args[2:]) or answers())
-    monkeypatch.setattr(adaptation, "train", lambda *args, **options: trained.append(args[3].stage) or train(*args, **options))
-    held_out = pack(texts, tokenizer, 16, limit=4)
-    second = replace(RECIPE, stage="answers", tokens=4 * 2 * 16, seed=1, answered_passages=5)
-    third = replace(second, stage="refinement", seed=2, answered_passages=3)
+    monkeypatch.setattr(
+        adaptation, "train", lambda *args, **options: trained.append(args[:4:3]) or train(*args, **options)
+    )
+    held_out = {"text": pack(texts, tokenizer, 16, limit=4)}
+    second = replace(RECIPE, stage="annealing", tokens=4 * 2 * 16, continues=True, seed=1)
+    third = replace(RECIPE, stage="answers", tokens=4 * 2 * 16, rank=3, seed=2, answered_passages=5)
     backbone = loaded(folder, "bfloat16")
 
     def run(*stages, texts=texts, held_out=held_out, **options):
         return adapt(backbone, MASK, texts, held_out, stages=stages, evaluate_every=2, **options)
 
+    def stages():
+        return [stage.stage for _, stage in trained]
+
     (first,) = run(RECIPE)
-    assert run(RECIPE) == [first] and trained == ["documentation"]
+    assert run(RECIPE) == [first] and stages() == ["text"]
     work = tmp_path / "work"
     folders = run(RECIPE, second, third, work=work)
-    assert folders[0] == first and trained == ["documentation", "answers", "refinement"]  # the first is not made again
+    assert folders[0] == first and stages() == ["text", "annealing", "answers"]  # the first is not made again
     assert run(RECIPE, second, third) == folders and len(trained) == 3
     found = [weights(f / "adapter") for f in folders]
-    assert all(any(not torch.equal(v, a[k]) for k, v in b.items()) for a, b in zip(found, found[1:], strict=False))
+    assert found[0].keys() == found[1].keys() and any(not torch.equal(v, found[0][k]) for k, v in found[1].items())
     assert json.loads((work / "answers" / "recipe.json").read_text())["answered_passages"] == 5
-    assert weights(work / "refinement" / "adapter").keys() == found[2].keys()
+    assert weights(work / "answers" / "adapter").keys() == found[2].keys()
     records = read_curves(folders)
-    assert list(dict.fromkeys(r["stage"] for r in records)) == ["documentation", "answers", "refinement"]
-    assert [r["step"] for r in records if "held_out" in r] == [2, 4, 6, 8, 2, 4, 2, 4]
-    assert not list((tmp_path / "cache" / "work").glob("*"))  # checkpoints are gone
-    # a stage's texts to answer come from the back, behind those of the stage before it
-    assert answered == [(texts[::-1], 5, 1), (texts[::-1][10:], 3, 2)]
+    assert list(dict.fromkeys(r["stage"] for r in records)) == ["text", "annealing", "answers"]
+    assert [r["step"] for r in records if "held_out text" in r] == [2, 4, 6, 8, 2, 4, 2, 4]
+    assert not list((tmp_path / "cache").rglob(".*.work"))  # checkpoints are gone
+    assert answered == [(texts[::-1], 5, 2)]
+    # an adapter names what it is on: the parent, or the parent with the adapter of the text merged in
+    metadata = [safe_open(f / "adapter" / "adapter_model.safetensors", framework="pt").metadata() for f in folders]
+    assert metadata[0]["base"] == metadata[1]["base"] == backbone.weights != metadata[2]["base"]
+    assert layers([RECIPE, second, third], folders) == folders[1:] and layers([RECIPE, third], folders) == folders[:2]
+    # the second stage starts where the first ended, the third as no change to what the second left
+    kept = adaptation._staged(backbone, MASK, folders[1:2]).model
+    ids = torch.tensor([[7, MASK, 9]])
+    model, _ = trained[2]
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.allclose(model.get_base_model()(ids).logits[0, 0], kept(ids).logits[0, 0], atol=0.02)
     # other texts, rows or parents are another run
-    for other in ({"texts": [*texts[:-1], "other"]}, {"held_out": held_out[:2]}):
+    for other in ({"texts": [*texts[:-1], "other"]}, {"held_out": {"text": held_out["text"][:2]}}):
         assert run(RECIPE, **other) != [first]
-    with pytest.raises(ValueError, match=r"give \d+ sequences of 16 tokens, and the recipe needs 20"):
-        run(RECIPE, second, texts=texts[:2])
+    with pytest.raises(ValueError, match="no sequence of 16 tokens"):
+        run(RECIPE, texts=["a heap"])
 
 
 def test_exported_adapter(folder, rows, tmp_path):
@@ -447,43 +492,45 @@ def test_the_same_seed_gives_the_same_adapter(folder):
 
 
 def test_steps_of_a_recipe():
-    assert Recipe(tokens=10_240, sequence_length=256, batch_size=4).steps == 10
-    assert Recipe(tokens=1).steps == 1
+    assert Recipe("text", tokens=10_240, sequence_length=256, batch_size=4).steps == 10
+    assert Recipe("text", tokens=1).steps == 1
 
 
 # -- tables ----------------------------------------------------------------------------------------------------
 
-LOG = {
-    "curve": [
-        {"stage": "documentation", "step": 10, "tokens_seen": 100, "loss": 5.0},
-        {"stage": "documentation", "step": 10, "tokens_seen": 100, "held_out": {"0.15": 4.0, "0.5": 6.0}},
-        {"stage": "documentation", "step": 20, "tokens_seen": 200, "loss": 4.0},
-        {"stage": "answers", "step": 10, "tokens_seen": 50, "held_out": {"0.15": 3.0, "0.5": 5.0}},
-    ],
-    "recipes": [{"stage": "documentation", "tokens": 200, "schedule_tokens": None},
-                {"stage": "answers", "tokens": 50, "schedule_tokens": None}],
-    "retrieval": [{"stage": "", "system": "BM25", "K": None, "dense": None, "sparse": 0.5, "hybrid": None}],
-    "before": {"0.15": 9.0, "0.5": 9.5}, "after": {"0.15": 2.5, "0.5": 4.5},
-    "collection_name": "tiny (whole)",
-}  # fmt: skip
+CURVE = [
+    {"stage": "text", "step": 10, "tokens_seen": 100, "loss": 5.0},
+    {"stage": "text", "step": 10, "tokens_seen": 100, "held_out English": {"0.15": 4.0, "0.5": 6.0}},
+    {"stage": "text", "step": 20, "tokens_seen": 200, "loss": 4.0},
+    {"stage": "annealing", "step": 5, "tokens_seen": 30, "loss": 4.0},
+    {"stage": "answers", "step": 10, "tokens_seen": 50, "held_out English": {"0.15": 3.0, "0.5": 5.0}},
+]
 
 
 def test_adaptation_table():
-    table = adaptation_table(LOG, {"before": {"0.15": 9.0}, "committed adapter": {"0.15": 2.5}})
-    assert list(table) == ["stage", "tokens_seen", "mask_ratio", "cross_entropy"]
+    table = adaptation_table(CURVE)
+    assert list(table) == ["stage", "tokens_seen", "text", "mask_ratio", "cross_entropy"]
     assert table.to_numpy().tolist() == [
-        ["before", 0, 0.15, 9.0],
-        ["documentation", 100, 0.15, 4.0],
-        ["documentation", 100, 0.5, 6.0],
-        ["answers", 250, 0.15, 3.0],
-        ["answers", 250, 0.5, 5.0],
-        ["committed adapter", 250, 0.15, 2.5],
+        ["text", 100, "English", 0.15, 4.0],
+        ["text", 100, "English", 0.5, 6.0],
+        ["answers", 280, "English", 0.15, 3.0],
+        ["answers", 280, "English", 0.5, 5.0],
     ]
 
 
-def test_model_card(tmp_path):
-    (tmp_path / "training_log.json").write_text(json.dumps(LOG))
-    write_card(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert "license: apache-2.0" in card and "9.50" in card and "2.50" in card and "tiny (whole)" in card
-    assert "{" not in card
+def test_published_backbone(folder, tmp_path, monkeypatch):
+    """Both adapters, their cards and the log, of the folder that a run leaves."""
+    work, target = tmp_path / "work", tmp_path / "package"
+    backbone = loaded(folder)
+    for stage in adaptation.STAGES:
+        save_adapter(adapted(folder, RECIPE), work / stage.stage / "adapter", backbone.weights)
+        (work / stage.stage / "recipe.json").write_text(json.dumps({"stage": stage.stage, "tokens": 512}))
+        (work / stage.stage / "curve.json").write_text(json.dumps([r for r in CURVE if r["stage"] == stage.stage]))
+    monkeypatch.setattr(publish_backbone, "adapter_path", lambda name: target / name)
+    publish_backbone.publish(work)
+    assert sorted(p.name for p in target.iterdir()) == [publish_backbone.ANSWERS, publish_backbone.TEXT]
+    for name in (publish_backbone.ANSWERS, publish_backbone.TEXT):
+        card = (target / name / "README.md").read_text()
+        assert "license: apache-2.0" in card and f"# {name}" in card and "6.00" in card and "{" not in card
+        assert all(v.dtype == torch.bfloat16 for v in weights(target / name).values())
+    assert adaptation.read_log(target / publish_backbone.ANSWERS)["curve"] == CURVE

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,10 @@ import pytest
 
 import diffret_lib
 from diffret_lib.addresses import SourceTree, address, code_fingerprint, fingerprint
+from diffret_lib.environment import NUMERIC_PACKAGES, versions
+from diffret_lib.models.prompts import SIDES
+from diffret_lib.retrieval.systems import DiffRetriever
+from tests.tiny import tiny_backbone
 
 PACKAGE = Path(diffret_lib.__file__).parent
 # as Retriever.fingerprint and Study.address take them
@@ -132,6 +138,17 @@ def test_versions_of_libraries_count(monkeypatch):
     assert address([fingerprint], 1) == before
     monkeypatch.setattr("diffret_lib.addresses._VERSIONS", {"torch": "0"})
     assert address([fingerprint], 1) != before
+    found = versions(NUMERIC_PACKAGES)
+    named = "torch transformers tokenizers sentence-transformers peft datasets faiss-cpu ranx numba numpy scipy bm25s"
+    assert {*named.split(), "PyStemmer"} <= found.keys() and None not in found.values()
+
+
+def test_a_gpu_and_a_cpu_give_other_addresses(tmp_path):
+    backbone = tiny_backbone(tmp_path / "tiny")
+    elsewhere = replace(backbone, model=copy.deepcopy(backbone.model).to("meta"))
+    on_cpu, on_other = DiffRetriever(backbone), DiffRetriever(elsewhere)
+    for side in SIDES:
+        assert on_cpu.fingerprint(side) == DiffRetriever(backbone).fingerprint(side) != on_other.fingerprint(side)
 
 
 def test_fingerprint_is_stable_across_processes_and_versions():

@@ -10,16 +10,14 @@ from scipy import stats
 from sklearn.base import clone
 from sklearn.linear_model import Ridge
 from statsmodels.stats.multitest import multipletests
-from tests.test_study import labelled, world  # noqa: F401  (a fixture)
-from tests.tiny import tiny_backbone
 
 from diffret_lib.experiments import allocation
 from diffret_lib.experiments.allocation import (
     FEATURES,
     KAllocator,
-    allocator_latency,
+    allocate,
+    allocator_answer,
     allocator_model_table,
-    allocator_summary,
     allocator_table,
     count_values,
     feature_correlations,
@@ -27,8 +25,11 @@ from diffret_lib.experiments.allocation import (
     mask_features,
     query_features,
 )
+from diffret_lib.experiments.comparison import paired
 from diffret_lib.report import figures
 from diffret_lib.retrieval.systems import DiffRetriever
+from tests.test_study import labelled, world  # noqa: F401  (a fixture)
+from tests.tiny import tiny_backbone
 
 TEXTS = ["heap", "sorted copy of an array", "eigenvalues and right eigenvectors", "", "a binary tree for parents", "queue"]
 
@@ -191,8 +192,8 @@ def test_what_can_be_learned_is_learned():
     chosen = pd.Series(allocator.predict(new), new.index)
     far = new["x"].abs() > 0.3
     assert (chosen[far & (new["x"] > 0)] == 8).all() and (chosen[far & (new["x"] < 0)] == 1).all()
-    row = allocator_table(truth, chosen, 4, resamples=200, seed=0).iloc[-1]
-    assert 0.8 < row["closed_low"] < row["closed"] < row["closed_high"] <= 1 and row["p"] < 0.01
+    row = allocator_table(truth, chosen, 4, resamples=200).iloc[-1]
+    assert 0.8 < row["closed"] <= 1 and row["p"] < 0.01 and 0 < row["low"] < row["gain"] < row["high"]
     # the order of columns does not matter
     assert (allocator.predict(new[["z", "y", "x"]]) == chosen).all()
 
@@ -205,7 +206,7 @@ def test_of_noise_nothing_is_learned():
         assert max(allocator.r2_.values()) < 0.1
         new, truth = learnable(200, 0.0, 100 + seed)
         chosen = pd.Series(allocator.predict(new), new.index)
-        closed.append(allocator_table(truth, chosen, 4, resamples=50, seed=0)["closed"].iloc[-1])
+        closed.append(allocator_table(truth, chosen, 4, resamples=50)["closed"].iloc[-1])
     assert abs(np.mean(closed)) < 0.2
 
 
@@ -214,7 +215,7 @@ def test_the_default_is_kept_when_nothing_gains():
     values = pd.DataFrame({k: values[4] - (k != 4) * 0.1 for k in values}, values.index)
     allocator = KAllocator(default=4).fit(features, values)
     assert allocator.margin_ == np.inf and (allocator.predict(features) == 4).all()
-    table = allocator_table(values, pd.Series(4, values.index), 4, resamples=50, seed=0)
+    table = allocator_table(values, pd.Series(4, values.index), 4, resamples=50)
     assert table["gain"].tolist() == [0, 0] and table["changed"].tolist() == [0, 0] and table["closed"].isna().all()
 
 
@@ -260,59 +261,42 @@ def test_allocator_table_by_hand():
     index = pd.MultiIndex.from_tuples(queries, names=["collection", "query_id"])
     values = pd.DataFrame({1: [0.2, 0.9, 0.5, 0.0, 0.6], 4: [0.4, 0.5, 0.5, 0.2, 0.3]}, index)
     chosen = pd.Series([4, 1, 1, 1, 4], index).sample(frac=1, random_state=0)
-    table = allocator_table(values, chosen, 4, resamples=500, seed=0, chance={"c": 0.1, "d": 0.02})
-    table = table.set_index("collection")
+    chance = pd.Series([0.1, 0.1, 0.02, 0.0, 0.04], index)
+    table = allocator_table(values, chosen, 4, resamples=500, chance=chance).set_index("collection")
     assert list(table.index) == ["c", "d", "macro"] and table["queries"].tolist() == [2, 3, 5]
-    np.testing.assert_allclose(table["selected"], [0.45, 1 / 3, (0.45 + 1 / 3) / 2])
-    np.testing.assert_allclose(table["adaptive"], [0.65, 0.8 / 3, (0.65 + 0.8 / 3) / 2])
-    np.testing.assert_allclose(table["oracle_kq"], [0.65, 1.3 / 3, (0.65 + 1.3 / 3) / 2])
-    np.testing.assert_allclose(table["headroom"], [0.2, 0.1, 0.15])
-    np.testing.assert_allclose(table["gain"], [0.2, -0.2 / 3, (0.2 - 0.2 / 3) / 2])
+    expected = {
+        "selected": [0.45, 1 / 3], "adaptive": [0.65, 0.8 / 3], "oracle_kq": [0.65, 1.3 / 3], "headroom": [0.2, 0.1],
+        "gain": [0.2, -0.2 / 3], "chance": [0.1, 0.02], "mean_kq": [2.5, 2], "changed": [1 / 2, 2 / 3],
+    }  # fmt: skip
+    for name, numbers in expected.items():
+        np.testing.assert_allclose(table[name], [*numbers, np.mean(numbers)])
     np.testing.assert_allclose(table["closed"], [1, -2 / 3, (0.2 - 0.2 / 3) / 0.3])
-    np.testing.assert_allclose(table["chance"], [0.1, 0.02, 0.06])
-    np.testing.assert_allclose(table["mean_kq"], [2.5, 2, 2.25])
-    np.testing.assert_allclose(table["changed"], [1 / 2, 2 / 3, 7 / 12])
-    assert table[["closed_low", "closed_high", "p"]].iloc[:2].isna().all().all()
-    macro = table.loc["macro"]
-    assert macro["closed_low"] <= macro["closed"] <= macro["closed_high"] and 0 < macro["p"] <= 1
+    tested = ["low", "high", "p", "detectable"]
+    assert table[tested].iloc[:2].isna().all().all()
+    gains = {"c": np.array([0, 0.4]), "d": np.array([0, -0.2, 0])}
+    found = paired(gains, 500)
+    assert table.loc["macro", tested].tolist() == [found[name] for name in tested]
     with pytest.raises(ValueError, match="no Kq was chosen for 1 of 5 queries"):
-        allocator_table(values, chosen.iloc[1:], 4, resamples=10, seed=0)
-
-
-def test_interval_of_the_share_is_a_bootstrap_over_queries():
-    rng = np.random.default_rng(0)
-    parts = []
-    for n in (30, 50):
-        room = rng.exponential(0.1, n)
-        parts.append((room * rng.uniform(-0.5, 1, n), room))
-    low, high = allocation._closed_interval(parts, 2000, 0)
-    drawn = []
-    for _ in range(2000):
-        rows = [rng.integers(0, len(g), len(g)) for g, _ in parts]
-        gain, room = (np.mean([p[side][i].mean() for p, i in zip(parts, rows, strict=True)]) for side in (0, 1))
-        drawn.append(gain / room)
-    assert (low, high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.02)
+        allocator_table(values, chosen.iloc[1:], 4)
 
 
 def test_from_a_study_to_the_words(world):  # noqa: F811
     s, _ = world
     kq, kp = s.selected
-    values = count_values(s.train_grid, kp)
+    values = count_values(s.test_grid, kp)
+    queries = pd.DataFrame(list(values.index), columns=["collection", "query_id"]).assign(chance_kq=0.25)
+    found = allocate(s, queries)
+    assert len(found.learned) == len(s.profile.k_grid) - 1 and set(found.features.index) == set(values.index)
+    known = count_values(s.train_grid, kp)
     features = query_features(s, s.train_collection, s.selected)
-    allocator = KAllocator(default=kq).fit(features.loc[values.index], values)
-    learned = allocator_model_table(allocator, values)
-    assert len(learned) == len(s.profile.k_grid) - 1
-    found = pd.concat([query_features(s, c, s.selected) for c in s.test_collections])
-    truth = count_values(s.test_grid, kp)
-    chosen = pd.Series(allocator.predict(found.loc[truth.index]), truth.index)
-    table = allocator_table(truth, chosen, kq, resamples=50, seed=0, chance={c.name: 0.0 for c in s.test_collections})
-    texts = s.test_collections[0].queries
-    latency = allocator_latency(s, texts, s.selected, [3 - kq] * len(texts))
-    assert latency["step"].tolist() == ["one pass at the default Kq", "features", "allocator"]
-    assert (latency["queries"] == 4).all() and (latency["q25_ms"] <= latency["median_ms"]).all()
-    text = allocator_summary(table, learned, latency)
-    assert f"{table['closed'].iloc[-1]:.1%}" in text and "nan" not in text.split("\n")[-1]
-    fig = figures.allocator(table)
+    allocator = KAllocator(default=kq, seed=s.profile.seed).fit(features.loc[known.index], known)
+    chosen = pd.Series(allocator.predict(found.features.loc[values.index]), values.index)
+    taken = [values.loc[query, k] for query, k in chosen.items()]
+    means = pd.Series(taken, values.index).groupby(level="collection").mean()
+    outcome = found.outcome.set_index("collection")
+    np.testing.assert_allclose(outcome["adaptive"].drop("macro"), means[outcome.index.drop("macro")])
+    assert (outcome["chance"] == 0.25).all()
+    fig = figures.allocator(found.outcome)
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["mine-test", "other", "macro"]
     labelled(fig)
 
@@ -320,14 +304,9 @@ def test_from_a_study_to_the_words(world):  # noqa: F811
 def test_words_when_nothing_is_closed():
     index = pd.MultiIndex.from_product([["c"], ["a", "b", "d"]], names=["collection", "query_id"])
     values = pd.DataFrame({1: [0.2, 0.9, 0.5], 4: [0.4, 0.5, 0.5]}, index)
-    learned = pd.DataFrame({"r2": [-0.2], "ties": [0.5], "margin": [np.inf], "margin_gain": [0.0]})
-    latency = pd.DataFrame({"step": ["one pass at the default Kq", "features", "allocator"], "mean_ms": [5.0, 0.5, 5.5]})
-    stays = allocator_table(values, pd.Series(4, index), 4, resamples=20, seed=0)
-    assert "it never leaves the default" in allocator_summary(stays, learned, latency)
-    loses = allocator_table(values, pd.Series([1, 4, 4], index), 4, resamples=20, seed=0)
-    text = allocator_summary(loses, learned, latency)
-    assert "(p = 1): no clear difference" in text and "R² is -0.20 (0: no better than the mean)" in text
-    noise = allocator_table(values, pd.Series(4, index), 4, resamples=20, seed=0, chance={"c": 0.5})
-    assert "of the headroom\n  (0.133; by chance 0.500)" in allocator_summary(noise, learned, latency)
-    gains = allocator_table(values, pd.Series([4, 1, 4], index), 4, resamples=20, seed=0)
-    assert "never leaves" not in allocator_summary(gains, learned, latency)
+    stays = allocator_table(values, pd.Series(4, index), 4, resamples=20, chance=pd.Series(0.5, index))
+    text = allocator_answer(stays)
+    assert "it never leaves the default" in text and "headroom of 0.133, 0.500 of it chance" in text
+    loses = allocator_answer(allocator_table(values, pd.Series([1, 4, 4], index), 4, resamples=20))
+    assert "changes for 33% of the queries and moves nDCG@10 by **-0.0667**" in loses and "(p = 1;" in loses
+    assert loses.endswith("no clear difference.")

@@ -19,8 +19,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from diffret_lib.config import CHECKOUT
 
 sys.path.insert(0, str(CHECKOUT / "scripts" / "appendix"))
-import build as appendix
 from conf import mathml
+
+import build as appendix
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 EMBEDDED = CHECKOUT / "results" / "embedded"
@@ -47,7 +48,8 @@ def results(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("results") / "embedded"
     (folder / "notebooks").mkdir(parents=True)
     (folder / "tables").mkdir()
-    for path in (*(EMBEDDED / "notebooks").glob("0[147]_*.ipynb"), EMBEDDED / "tables" / "claims.md", EMBEDDED / "run.json"):
+    others = EMBEDDED / "tables" / "claims.md", EMBEDDED / "run.json"
+    for path in (*(EMBEDDED / "notebooks").glob("0[147]_*.ipynb"), *others):
         shutil.copy(path, folder / path.relative_to(EMBEDDED))
     nbformat.write(executed(new_output("display_data", {"text/html": WIDE})), folder / "notebooks" / "98_wide.ipynb")
     (folder / "notebooks" / "97_x.failed.ipynb").write_text("{", encoding="utf-8")
@@ -63,8 +65,8 @@ def test_pages(results):
     index, *notebooks = (path.read_text(encoding="utf-8") for path in pages(results))
     assert [p.stem[:2] for p in pages(results)[1:]] == ["01", "04", "07", "98"]
     run = json.loads((results / "run.json").read_text(encoding="utf-8"))
-    for text in ("A reproducibility study of", "98 Scores &lt; 1 &amp; more", "DiffRetriever with a single mask", run["hardware"]["cpu"],
-                 run["versions"]["torch"], "peak memory (GB)", "98_wide.html"):  # fmt: skip
+    shown = "A reproducibility study of", "98 Scores &lt; 1 &amp; more", "DiffRetriever with a single mask"
+    for text in (*shown, run["hardware"]["cpu"], run["versions"]["torch"], "peak memory (GB)", "98_wide.html"):
         assert text in index
     assert 'href="07_claims.html"' in notebooks[-1]
     for page in (index, *notebooks):
@@ -73,9 +75,11 @@ def test_pages(results):
         # nothing is loaded over a network: links may lead there, what is loaded may not
         loaded = re.findall(r"<(?:script|img|link|iframe|source)[^>]*?(?:src|href)=[\"']([^\"']*)", page)
         assert loaded and not [address for address in loaded if re.match(r"(https?:)?//", address)]
-    assert "<math" in notebooks[-1] and "$" not in re.sub(r"<(script|style).*?</\1>", "", notebooks[-1], flags=re.DOTALL)
+    text = re.sub(r"<(script|style).*?</\1>", "", notebooks[-1], flags=re.DOTALL)
+    assert "<math" in text and "$" not in text
     styles = [*(results / "appendix" / "_static").rglob("*.css")]
-    assert styles and not [p for p in styles if re.search(r"(@import|url\()\s*[\"']?(https?:)?//", p.read_text(encoding="utf-8"))]
+    loads = re.compile(r"(@import|url\()\s*[\"']?(https?:)?//")
+    assert styles and not [path for path in styles if loads.search(path.read_text(encoding="utf-8"))]
 
 
 def test_formulas_are_mathml():
@@ -217,7 +221,8 @@ def test_in_a_browser(results, browser):
         assert browser.run("document.documentElement.scrollWidth") <= width, page
         browser.run("window.scrollTo(1000, 0)")
         assert browser.run("window.scrollX") == 0, page
-        images = browser.run("[...document.querySelectorAll('article img')].map((i) => [i.complete, i.naturalWidth, i.clientWidth])")
+        sizes = "(i) => [i.complete, i.naturalWidth, i.clientWidth]"
+        images = browser.run(f"[...document.querySelectorAll('article img')].map({sizes})")
         assert all(complete and natural > 0 and 0 < shown <= width for complete, natural, shown in images)
         assert browser.run("[...document.querySelectorAll('article math')].every((m) => m.getClientRects().length)")
         assert browser.run("parseFloat(getComputedStyle(document.querySelector('article p')).fontSize)") >= 16
@@ -231,6 +236,12 @@ def test_in_a_browser(results, browser):
         browser.run(f"{wide}.scrollLeft = 400")
         assert browser.run(f"{wide}.scrollLeft") == 400 and abs(browser.run(cell) - before) < 2
         assert 0 <= before < width / 2
+
+    browser.open(results / "appendix" / "notebooks" / "04_evaluation.html", 390)  # tables and figures are numbered
+    counted = ("table caption", "before", "Table "), (".cell_output:has(> img)", "after", "Figure ")
+    for selector, place, word in counted:
+        content = browser.run(f"getComputedStyle(document.querySelector('article {selector}'), '::{place}').content")
+        assert content.startswith(f'"{word}" counter(')
 
     browser.open(results / "appendix" / "search.html", 390, query="?q=ranx")  # the search works from disk
     for _ in range(50):

@@ -8,12 +8,24 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from diffret_lib import cache
 from diffret_lib.cache import (
-    StorageError, atomic_path, cache_dir, fetch, file_sha256, is_sealed, remember, seal, sweep, work_folder, write_text,
+    StorageError,
+    atomic_path,
+    cache_dir,
+    explained,
+    fetch,
+    file_sha256,
+    is_sealed,
+    remember,
+    seal,
+    sweep,
+    work_folder,
+    write_text,
 )  # fmt: skip
 from diffret_lib.config import CHECKOUT
 
@@ -79,7 +91,8 @@ def test_a_damaged_entry_is_made_again_and_said_in_one_line(name, fault, caplog,
     assert fetch("things", "key", fill) == folder
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == whole
     (record,) = caplog.records
-    assert "is made again" in record.getMessage() and str(folder) in record.getMessage() and "\n" not in record.getMessage()
+    said = record.getMessage()
+    assert "is made again" in said and str(folder) in said and "\n" not in said
 
 
 def test_large_files_are_verified_once_a_process_and_small_ones_every_time(monkeypatch):
@@ -89,17 +102,6 @@ def test_large_files_are_verified_once_a_process_and_small_ones_every_time(monke
     for _ in range(2):
         fetch("things", "key", fill)
     assert sorted(read) == ["big.npy", "small.json", "small.json"]
-
-
-def test_a_failed_maker_leaves_nothing(store):
-    def half(folder: Path) -> None:
-        (folder / "half").write_text("x", encoding="utf-8")
-        raise KeyError("stopped")
-
-    with pytest.raises(KeyError):
-        fetch("things", "key", half)
-    assert [p.name for p in (store / "things").iterdir()] == [".key.lock"]
-    fetch("things", "key", fill)
 
 
 def test_work_is_kept_until_the_entry_is_made():
@@ -126,27 +128,27 @@ def test_remember(store):
     assert not (store / "values" / "set").exists()
 
 
-def slow(folder: Path) -> None:
-    with open(folder.parents[1] / "made", "a", encoding="utf-8") as file:
-        file.write("x")
-    time.sleep(1.5)
-    fill(folder)
-
-
-def ask(results: multiprocessing.Queue) -> None:
-    results.put(is_sealed(fetch("things", "key", slow)))
+def at_once(*targets) -> list[int]:
+    """Exit statuses of processes that run together."""
+    processes = [multiprocessing.get_context("fork").Process(target=target) for target in targets]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
 
 
 def test_two_processes_at_once_make_an_entry_once(store):
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    processes = [context.Process(target=ask, args=(results,)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    assert [results.get(timeout=30) for _ in processes] == [True, True]
-    for process in processes:
-        process.join(30)
-    assert (store / "made").read_text(encoding="utf-8") == "x"
+    def slow(folder: Path) -> None:
+        with open(store / "made", "a", encoding="utf-8") as file:
+            file.write("x")
+        time.sleep(1)
+        fill(folder)
+
+    def ask() -> None:
+        assert is_sealed(fetch("things", "key", slow))
+
+    assert at_once(ask, ask) == [0, 0] and (store / "made").read_text(encoding="utf-8") == "x"
 
 
 def test_atomic_file_is_whole_or_not_there(tmp_path):
@@ -176,9 +178,20 @@ def test_atomic_folder_replaces_a_folder(tmp_path, name):
     assert os.listdir(path) == ["two"] and os.listdir(tmp_path) == [name]
 
 
-def test_what_a_killed_process_leaves_is_swept(tmp_path):
+def test_processes_at_once_replace_a_folder(tmp_path):
+    def replace_often() -> None:
+        for _ in range(150):
+            with atomic_path(tmp_path / "d") as temporary:
+                temporary.mkdir()
+                (temporary / "one").touch()
+
+    assert at_once(replace_often, replace_often, replace_often) == [0, 0, 0]
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["d", "d/one"]
+
+
+def test_what_a_killed_process_leaves_is_swept(store, tmp_path):
     def killed() -> None:
-        for path in (tmp_path / "a.csv", tmp_path / "tables" / "b.csv"):
+        for path in (tmp_path / "a.csv", tmp_path / "runs" / "deep" / "b.csv"):
             with atomic_path(path) as temporary:
                 temporary.write_text("half")
                 if path.name == "b.csv":
@@ -186,52 +199,92 @@ def test_what_a_killed_process_leaves_is_swept(tmp_path):
 
     def killed_between() -> None:  # the old folder is away, the new one is not there yet
         replace, renamed = os.replace, []
-        os.replace = lambda *args: os.kill(os.getpid(), 9) if renamed else (renamed.append(1), replace(*args))
-        (tmp_path / "d").mkdir()
+        os.replace = lambda *args: os.kill(os.getpid(), 9) if len(renamed) > 1 else (renamed.append(1), replace(*args))
+        (tmp_path / "d" / "full").mkdir(parents=True)
         with atomic_path(tmp_path / "d") as temporary:
             temporary.mkdir()
 
-    for target in (killed, killed_between):
-        process = multiprocessing.get_context("fork").Process(target=target)
-        process.start()
-        process.join(30)
-        assert process.exitcode == -9
+    assert at_once(killed, killed_between) == [-9, -9]
+    for key in ("made", "not made"):
+        work_folder("things", key).mkdir(parents=True)
+    (store / "things" / "made").mkdir()
+    seal(store / "things" / "made")  # killed before the work was removed
     with atomic_path(tmp_path / "own.csv") as temporary:
         temporary.write_text("of a living process")
-        assert len(list(tmp_path.rglob(".*.tmp*"))) == 4
+        assert len(list(tmp_path.rglob(".*.tmp*"))) == 3
         sweep(tmp_path)
         assert list(tmp_path.rglob(".*.tmp*")) == [temporary]
+    assert [p.name for p in store.rglob(".*.work")] == [".not made.work"]
 
 
-def test_a_full_disk_a_folder_of_others_and_a_file_in_the_way(store, tmp_path):
-    def fails(number: int, name: str | None = None):
-        def make(folder: Path) -> None:
-            raise OSError(number, os.strerror(number), name)
+@pytest.mark.parametrize(("error", "said"), [
+    (OSError(errno.ENOSPC, "No space left on device"), r"is full \(.* MB free\); make room, or set DIFFRET_CACHE"),
+    (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+    (OSError(errno.EACCES, "Permission denied"), r"cannot be written \(Permission denied\); set DIFFRET_CACHE"),
+    (OSError(errno.EROFS, "Read-only file system"), "cannot be written"),
+    (MemoryError(), r"the memory is full \(\d+ MB available; MemoryError\); end other programs, or lower"),
+    (RuntimeError("unable to mmap 538 bytes from file <f>: Cannot allocate memory (12)"), "; unable to mmap 538"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.\nMore"), r"Tried to allocate 2 GiB.\); end"),
+    (PermissionError(errno.EACCES, "Permission denied", "/elsewhere/corpus.jsonl"), None),  # read meanwhile: not ours
+    (FileNotFoundError(errno.ENOENT, "No such file", "/elsewhere/corpus.jsonl"), None),
+    (RuntimeError("of the maker"), None),
+])  # fmt: skip
+def test_an_error_of_disk_memory_or_permissions_is_one_line(store, error, said):
+    def make(folder: Path) -> None:
+        (folder / "half").write_text("x", encoding="utf-8")
+        raise error
 
-        return make
-
-    with pytest.raises(StorageError, match=r"things/key: the disk is full \(.* MB free\); make room, or set DIFFRET_CACHE"):
-        fetch("things", "key", fails(errno.ENOSPC))
-    with pytest.raises(StorageError, match="things/key: cannot be written"):
-        fetch("things", "key", fails(errno.EACCES))
-    with pytest.raises(PermissionError):  # a file that is read meanwhile, no matter of the cache
-        fetch("things", "key", fails(errno.EACCES, "/elsewhere/corpus.jsonl"))
-    assert not (store / "things" / "key").exists()
-    (store / "values").write_text("a file", encoding="utf-8")
-    with pytest.raises(StorageError, match=r"values is a file, and a folder is needed; remove or rename it") as error:
-        remember("values", "key", dict)
-    assert "\n" not in str(error.value)
+    with pytest.raises(StorageError if said else type(error), match=said) as raised:
+        fetch("things", "key", make)
+    if said:
+        assert str(raised.value).startswith(f"{store}/things/key: ") and "\n" not in str(raised.value)
+    else:
+        assert raised.value is error
+    assert [p.name for p in (store / "things").iterdir()] == [".key.lock"]
     fetch("things", "key", fill)  # with room
 
 
 def test_a_disk_without_room_whatever_the_library_says(monkeypatch):
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-
-    def make(folder: Path) -> None:
-        raise RuntimeError("unexpected pos 102080 vs 101968")
-
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: SimpleNamespace(total=1 << 40, free=1000))
     with pytest.raises(StorageError, match="the disk is full"):
-        fetch("things", "key", make)
+        fetch("things", "key", lambda folder: (folder / "none" / "file").read_text())
+
+
+@pytest.mark.parametrize("name", ["a file", "a file/c", "/proc/c", "broken link", "loop", "n" * 300, "of another user"])
+def test_a_cache_that_cannot_be_is_one_line(name, tmp_path, monkeypatch):
+    (tmp_path / "a file").touch()
+    (tmp_path / "broken link").symlink_to("/proc/nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / name))
+    user = None
+    if name == "of another user":
+        (tmp_path / name).mkdir(mode=0o555)
+        user = os.geteuid() == 0
+    for call in (lambda: fetch("things", "key", fill), lambda: write_text(cache_dir() / "things" / "f.txt", "x")):
+        if user:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(StorageError) as raised:
+                call()
+        finally:
+            if user:
+                os.seteuid(0)
+        said = str(raised.value)
+        assert said.startswith(f"{tmp_path / name}/things/") and "\n" not in said and "disk is full" not in said
+        assert ("is a file, and a folder is needed; remove" if "file" in name else "cannot be written (") in said
+    sweep(cache_dir())
+    with pytest.raises(StorageError), explained(cache_dir()):  # as make begins
+        if user:
+            raise StorageError
+        cache_dir().mkdir(parents=True, exist_ok=True)
+
+
+@pytest.mark.parametrize("name", ["a b", "é", "a;b $HOME", "a\nb", "deep/er", "link"])
+def test_a_cache_of_any_name(name, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / name))
+    assert is_sealed(fetch("things", "key", fill)) and (tmp_path / name / "things" / "key" / "small.json").exists()
 
 
 def test_seal_and_text(tmp_path):

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
-from diffret_lib.data.collection import Collection, contains_run, lexical_overlap
+from diffret_lib.data.collection import Collection, contains_run, lexical_overlap, quiet, seeded_order
 
 CATS = {
     "name": "cats",
@@ -100,8 +103,48 @@ def test_sample_too_small_takes_fewer_queries_or_raises() -> None:
     assert part.coverage == "sample of 3 of 4 passages, 1 of 2 queries"
     with pytest.raises(ValueError, match="do not fit into 1 passages"):
         many.sample(2, 1)
-    with pytest.raises(ValueError, match="must be at least 1"):
-        many.sample(0, 3)
+
+
+@pytest.mark.parametrize("bad", [0, -1, "4", 2.0, True, float("nan"), 10**30])
+def test_sizes_that_are_none(cats: Collection, bad: object) -> None:
+    for sizes, name in (((bad, 3), "n_queries"), ((3, bad), "n_passages")):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, not"):
+            cats.sample(*sizes)
+
+
+def test_hard_passages_come_before_random_ones(cats: Collection) -> None:
+    plain = cats.sample(3, 10, seed=4)
+    first, second, third = (q for q in seeded_order(cats.query_ids, "queries 4") if q in list(plain.query_ids))
+    relevant = {p for q in plain.query_ids for p in plain.relevant(q)}
+    free = [p for p in cats.passage_ids if p not in relevant]
+    hard = {first: free[:3], second: [min(relevant), free[3], free[0]], third: [free[0], free[4]], "q9": ["p0"]}
+
+    def drawn(n_passages: int) -> set[str]:
+        return set(cats.sample(3, n_passages, 4, hard).passage_ids) - relevant
+
+    n = len(relevant)
+    assert drawn(n) == set() and drawn(n + 1) == {free[0]}  # the first of each query: one of them, and what is relevant
+    assert drawn(n + 2) == {free[0], free[1]} and drawn(n + 3) == {free[0], free[1], free[3]}  # the second of each
+    assert drawn(n + 5) == set(free[:5])
+    more = cats.sample(3, n + 8, 4, hard)
+    rest = [p for p in seeded_order(cats.passage_ids, "passages 4") if p not in relevant | set(free[:5])]
+    assert set(more.passage_ids) == relevant | set(free[:5]) | set(rest[:3]) and more.query_ids == plain.query_ids[:]
+    assert more.coverage == f"sample of {n + 8} of 20 passages, 5 of them hard, 3 of 8 queries"
+    assert cats.sample(3, n, 4, hard).coverage.endswith("passages, 0 of them hard, 3 of 8 queries")
+    with pytest.raises(ValueError, match="cats: hard names unknown passages: p99"):
+        cats.sample(3, 10, 4, {first: ["p99"]})
+
+
+def test_reading_is_quiet_and_datasets_is_as_it_was(cats: Collection, tmp_path: Path) -> None:
+    code = "import datasets as d; before = d.are_progress_bars_disabled(), d.logging.get_verbosity(); import "
+    code += "diffret_lib.data.beir; assert before == (d.are_progress_bars_disabled(), d.logging.get_verbosity())"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for switch, before in ((datasets.disable_progress_bars, True), (datasets.enable_progress_bars, False)):
+        switch()
+        with pytest.raises(KeyError), quiet():
+            assert datasets.are_progress_bars_disabled()
+            raise KeyError
+        assert datasets.are_progress_bars_disabled() == before
 
 
 @pytest.mark.parametrize(
@@ -109,10 +152,15 @@ def test_sample_too_small_takes_fewer_queries_or_raises() -> None:
     [
         ({"passages": ["one"]}, "Column 1 named text expected length 20 but got length 1"),
         ({"passage_ids": ["p0"] * 20}, "ids that occur twice: p0"),
+        ({"passage_ids": [*CATS["passage_ids"][:-1], "p 19"]}, "an id .* holds no white space, got 'p 19'"),
+        ({"passage_ids": list(range(20))}, "passage ids must be strings, not int"),
+        ({"queries": "eight..."}, "query texts must be a list of strings, not 'eight...'"),
+        ({"queries": [None] * 8}, "query texts must be strings, not NoneType"),
         ({"query_ids": ["q0"] * 8}, "ids that occur twice: q0"),
         ({"qrels": {"q0": {"p0": 1}}}, "differ in their query ids: q1, q2, q3"),
         ({"qrels": {f"q{i}": {"p99": 1} for i in range(8)}}, "name unknown passages: p99"),
         ({"qrels": {f"q{i}": {"p1": 0} for i in range(8)}}, "query 'q0' has no relevant passage"),
+        ({"qrels": {"q0": {"p1": 0.5}}}, "qrels: a whole number .* for query 'q0', passage 'p1', not 0.5"),
     ],
 )
 def test_inconsistent_content_is_named(change: dict, message: str) -> None:
@@ -126,6 +174,10 @@ def test_statistics(cats: Collection) -> None:
     assert found["relevant_per_query"] == pytest.approx((4 * 1 + 4 * 2) / 8)
     assert found["passage_words"] == 5 and found["query_words"] == 2
     assert found["fingerprint"] == cats.fingerprint
+    assert cats.protocol() == {
+        "collection": "cats", "source": "", "passage": "text", "relevant": "grade above 0", "grades": "0, 1, 2",
+        "excluded": "nothing",
+    }  # fmt: skip
 
 
 def test_restricting_leaves_no_query_without_a_relevant_passage(cats: Collection) -> None:

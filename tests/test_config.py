@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from diffret_lib.config import K_GRID, PROFILES_DIR, ProfileError, load_profile, slug
+from diffret_lib.config import CHECKOUT, K_GRID, PROFILES_DIR, ProfileError, collection_folder, load_profile, slug
 
 
 @pytest.fixture
@@ -22,35 +22,35 @@ def write(folder: Path, content: dict, name: str = "smoke.yml") -> Path:
     return path
 
 
+PACKAGES_TESTED = [f"pydocs/{n}" for n in "numpy scipy scikit-learn statsmodels matplotlib networkx".split()]
+JUDGED = ["beir/scifact", "ir/cranfield", "ir/medline", "ir/npl"]
+
+
 def test_the_profiles_that_come_with_the_project():
     names = sorted(path.stem for path in PROFILES_DIR.iterdir())
-    assert names == ["embedded", "embedded-full", "embedded-long", "smoke"]
-    embedded, full, long, smoke = map(load_profile, names)
-    out_of_domain = [f"pydocs/{n}" for n in "numpy scipy scikit-learn statsmodels matplotlib networkx".split()]
-    assert embedded.test_collections == long.test_collections == full.test_collections == ["pydocs/pandas-test", *out_of_domain]
+    assert names == ["embedded", "smoke", "study"]
+    embedded, smoke, study = map(load_profile, names)
+    assert embedded.test_collections == ["pydocs/pandas-test", "pydocs/numpy", "pydocs/scipy", "pydocs/matplotlib"]
     assert smoke.test_collections == ["pydocs/pandas-test", "pydocs/numpy"]
-    assert embedded.k_grid == long.k_grid == full.k_grid == list(K_GRID) == [1, 2, 4, 8, 16]
-    assert smoke.k_grid == [1, 4]
-    assert (full.sample.queries, full.sample.passages, full.train_sample.passages) == (None, None, None)
-    assert full.max_passage_tokens == 256
-    for profile in (embedded, full, long, smoke):
+    assert study.test_collections == ["pydocs/pandas-test", *PACKAGES_TESTED, *JUDGED]
+    assert embedded.k_grid == study.k_grid == list(K_GRID) == [1, 2, 4, 8, 16] and smoke.k_grid == [1, 4]
+    assert embedded.sample.queries >= 40 and embedded.sample.passages >= 100 and embedded.sample.hard > 0
+    assert (study.sample.queries, study.sample.passages, study.sample.hard) == (None, 1000, 10)
+    for name in JUDGED[:3]:
+        assert (study.samples[name].queries, study.samples[name].passages) == (None, None)
+    assert (study.samples["ir/npl"].queries, study.samples["ir/npl"].passages) == (None, 3000)
+    assert study.max_passage_tokens >= 192
+    assert (embedded.dtype, study.dtype) == ("float32", "auto")  # bytes that compare, and speed
+    training = study.training
+    assert (training.steps, training.batch_size, training.negatives, training.seeds) >= (200, 16, 3, 3)
+    assert len(training.learning_rates) == 3
+    assert [c.collection for c in training.collections] == ["pydocs/pandas-train", "beir/scifact:train"]
+    for profile in (embedded, smoke, study):
         assert profile.train_collection == "pydocs/pandas-train"
-        # the stages of the adaptation are compared where nothing is tested
-        assert profile.adaptation.zero_shot.collection not in profile.test_collections
-        # training stops early where nothing is tested, nor trained on
-        assert profile.training.development.collection not in [profile.train_collection, *profile.test_collections]
-    assert len({p.fingerprint for p in (embedded, full, long, smoke)}) == 4
-
-
-def test_the_larger_profiles_differ_in_size_alone():
-    embedded = load_profile("embedded").model_dump()
-    size = {
-        "name", "description", "sample", "train_sample", "max_passage_tokens", "bootstrap_resamples", "adaptation",
-        "training", "efficiency",
-    }  # fmt: skip
-    for name, keys in {"embedded-full": size, "embedded-long": size - {"train_sample"}}.items():
-        other = load_profile(name).model_dump()
-        assert {key for key in embedded if embedded[key] != other[key]} == keys
+        # the stages of the adaptation are compared, and training stops early, where nothing is tested nor trained on
+        used = {*profile.test_collections, *(c.collection for c in profile.training.collections)}
+        assert not used & {profile.adaptation.zero_shot.collection, profile.training.development.collection}
+    assert len({p.fingerprint for p in (embedded, smoke, study)}) == 3
 
 
 def test_frozen_and_fingerprint_follows_the_content(tmp_path, content):
@@ -75,7 +75,7 @@ def test_frozen_and_fingerprint_follows_the_content(tmp_path, content):
         ({"k_grid": []}, ["k_grid: ", "at least 1 item"]),
         ({"k_grid": [1, "2"]}, ["k_grid.1: ", "'2'"]),
         ({"k_grid": [1, 2.0]}, ["k_grid.1: ", "2.0"]),
-        ({"dtype": "float16"}, ["dtype: ", "'float32' or 'bfloat16'", "'float16'"]),
+        ({"dtype": "float16"}, ["dtype: ", "'auto', 'float32' or 'bfloat16'", "'float16'"]),
         ({"seed": "13"}, ["seed: ", "'13'"]),
         ({"seed": True}, ["seed: ", "True"]),
         ({"seed": None}, ["seed: ", "None"]),
@@ -85,7 +85,9 @@ def test_frozen_and_fingerprint_follows_the_content(tmp_path, content):
         ({"sample": {"queries": 5}}, ["sample.passages: the key is missing"]),
         ({"sample": {"queries": 5, "passages": 6, "docs": 1}}, ["sample.docs: unknown key"]),
         ({"sample": 5}, ["sample: ", "(got 5)"]),
-        ({"training": {"steps": 2}}, ["training.sample: the key is missing", "training.learning_rate: the key is missing"]),
+        ({"training": {"steps": 2}}, ["training.collections: the key is missing", "training.learning_rates: the key is missing"]),
+        ({"sample": {"queries": 5, "passages": 6, "hard": -1}}, ["sample.hard: ", "(got -1)"]),
+        ({"samples": {"ir/npl": {"queries": None}}}, ["samples.ir/npl.passages: the key is missing"]),
         ({"efficiency": {"counts": [0]}}, ["efficiency.counts.0: ", "efficiency.repeats: the key is missing"]),
         ({"backbones": {"diffusion": "x", "autoregressive": ""}}, ["backbones.autoregressive: "]),
         ({"test_collections": "pydocs/numpy"}, ["test_collections: ", "list"]),
@@ -99,6 +101,24 @@ def test_an_error_names_the_file_the_key_and_what_is_allowed(tmp_path, content, 
         load_profile(path)
     for part in [str(path), *parts]:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"learning_rates": [0.1, 0.1]}, "each learning rate is given once"),
+        ({"learning_rates": []}, "at least 1 item"),
+        ({"learning_rates": [1.5]}, "less than 1"),
+        ({"collections": []}, "at least 1 item"),
+        ({"temperatures": {"DiffEmbed": 0.0}}, "greater than 0"),
+        ({"warmup_ratio": 1.0}, "less than 1"),
+        ({"temperature": float("inf")}, "finite"),
+    ],
+)
+def test_settings_of_the_training(tmp_path, content, change, part):
+    path = write(tmp_path, content | {"training": content["training"] | change})
+    with pytest.raises(ProfileError, match=rf"training\.{next(iter(change))}.*{part}"):
+        load_profile(path)
 
 
 def test_claim_4_needs_one_mask_and_several(tmp_path, content):
@@ -148,18 +168,41 @@ def test_a_byte_order_mark_is_no_fault(tmp_path, content):
 
 @pytest.mark.parametrize("name", ["embeded", "../profiles/embedded", "", "none.yml", "."])
 def test_a_profile_that_is_not_there(name):
-    with pytest.raises(ProfileError, match="there is no profile .*; there are embedded, embedded-full, embedded-long, smoke"):
+    with pytest.raises(ProfileError, match="there is no profile .*; there are embedded, smoke, study"):
         load_profile(name)
 
 
-def test_a_further_collection():
+def test_further_collections(tmp_path, monkeypatch):
+    monkeypatch.delenv("DIFFRET_DATA", raising=False)
     base = load_profile("smoke")
-    for given in ("/data/my corpus", "my corpus:dev", "pydocs/scipy", Path("/data/x")):
+    for given in ("/data/my corpus", "my corpus:dev", "pydocs/scipy", Path("/data/x"), 'a "b'):
         more = load_profile("smoke", given)
         assert more.test_collections == [*base.test_collections, str(given)] and more.fingerprint != base.fingerprint
     for nothing in (None, "", " ", "pydocs/numpy"):
         assert load_profile("smoke", nothing) == base
     assert len(base.test_collections) == 2
+    (tmp_path / "my corpus").mkdir()
+    monkeypatch.chdir(tmp_path)
+    several = load_profile("smoke", "pydocs/scipy 'my corpus:dev' ir/npl pydocs/numpy").test_collections[2:]
+    assert several == ["pydocs/scipy", "my corpus:dev", "ir/npl"]
+    assert load_profile("smoke", "pydocs/scipy nowhere").test_collections[2:] == ["pydocs/scipy nowhere"]
+
+
+def test_folders_of_collections(tmp_path, monkeypatch):
+    monkeypatch.delenv("DIFFRET_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/scifact", "data/med", "own", "own:dev"):
+        (tmp_path / name).mkdir(parents=True)
+    assert collection_folder("own") == (Path("own"), "test")
+    assert collection_folder("own:train") == (Path("own"), "train")
+    assert collection_folder("own:dev") == (Path("own:dev"), "test")  # a folder of that very name
+    assert collection_folder("notebooks") == (CHECKOUT / "notebooks", "test")
+    for nothing in ("", "none", ":dev", "own:", "beir/scifact", "ir/medline", "x" * 300):
+        assert collection_folder(nothing) is None
+    monkeypatch.setenv("DIFFRET_DATA", str(tmp_path / "data"))
+    assert collection_folder("beir/scifact:train") == (tmp_path / "data/scifact", "train")
+    assert collection_folder("ir/medline") == (tmp_path / "data/med", "test")
+    assert collection_folder("beir/fiqa") is None
 
 
 def test_slug():

@@ -1,31 +1,42 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny import tiny_backbone
 from transformers import TrainerCallback
 
-from diffret_lib.config import load_profile
+from diffret_lib.config import Profile, load_profile
 from diffret_lib.data.collection import Collection
-from diffret_lib.models.backbones import BackboneError
-from diffret_lib.report import figures
+from diffret_lib.models.backbones import BackboneError, load_backbone
 from diffret_lib.retrieval.systems import DiffEmbed, DiffRetriever, PromptReps, RepLLaMA
 from diffret_lib.training.contrastive import (
-    FinetunedSystem, Measurement, Recipe, TrainingData, finetune, learning_curves, publish_adapter, recipe_of,
-    step_order, training_data, training_summary,
+    FinetunedSystem,
+    Measurement,
+    Recipe,
+    TrainingData,
+    finetune,
+    finetune_selected,
+    load_published,
+    publish_adapter,
+    recipe_of,
+    step_order,
+    training_data,
+    training_summary,
 )  # fmt: skip
 from diffret_lib.training.negatives import mine_hard_negatives
+from tests.tiny import tiny_backbone, tiny_spec
 
+QRELS = {"q": {"a": 1, "b": 1}, "r": {"d": 1}}
 WORDS = ["heap", "tree", "array", "axis", "sorted copy", "eigenvalues", "square", "parent", "children", "queue"]
 LIMITS = {"max_query_tokens": 32, "max_passage_tokens": 48}
 SYSTEMS = {
@@ -33,7 +44,7 @@ SYSTEMS = {
     "DiffRetriever multi": (DiffRetriever, {"k_query": 2, "k_passage": 2}),
     "DiffEmbed": (DiffEmbed, {}),
     "PromptReps single": (PromptReps, {}),
-    "PromptReps multi": (PromptReps, {"max_new_tokens": 4}),
+    "PromptReps multi": (PromptReps, {"max_vectors": 4}),
     "RepLLaMA": (RepLLaMA, {}),
 }
 
@@ -61,26 +72,32 @@ def make_collection(name: str, seed: int) -> Collection:
 
 def make_data() -> TrainingData:
     collection = make_collection("train", 0)
-    return training_data(collection, mine_hard_negatives(collection, {}, 2, 13))
+    return training_data([(collection, mine_hard_negatives(collection, {}, 2, 13))])
 
 
-def make_recipe(**changes) -> Recipe:
-    recipe = recipe_of(load_profile("smoke"))
-    settings = {"steps": 5, "batch_size": 3, "negatives": 2, "mini_batch": 4, "learning_rate": 0.01}
-    return recipe.model_copy(update=settings | {"evaluate_every": 2, "patience": 9} | changes)
+def make_profile(**changes) -> Profile:
+    profile = load_profile("smoke")
+    settings = {"steps": 5, "batch_size": 3, "negatives": 2, "mini_batch": 4, "max_passage_tokens": 32}
+    settings |= {"learning_rates": [0.01], "evaluate_every": 2, "patience": 9} | changes
+    return profile.model_copy(update={"training": profile.training.model_copy(update=settings)})
 
 
-def make_retriever(root: Path, system: str):
+def make_recipe(system: str, **changes) -> Recipe:
+    profile = make_profile(**changes)
+    return recipe_of(profile, system, profile.training.learning_rates[0])
+
+
+def make_retriever(root: Path, system: str, dtype: str = "float32", **options):
     kind, counts = SYSTEMS[system]
-    return kind(tiny_backbone(root / "tiny", kind.family), **counts, **LIMITS)
+    folder = root / "tiny"
+    tiny_backbone(folder, kind.family)
+    backbone = load_backbone(tiny_spec(folder, kind.family), dtype=dtype, device="cpu")
+    return kind(backbone, **counts | LIMITS | options)
 
 
-def train(root: Path, system: str, recipe: Recipe | None = None, **options) -> FinetunedSystem:
-    limits = {"max_passage_tokens": 32}
-    return finetune(
-        system, make_retriever(root, system), make_data(), recipe or make_recipe(), make_collection("dev", 1),
-        training_limits=limits, **options,
-    )  # fmt: skip
+def train(root: Path, system: str, dtype: str = "float32", callbacks=(), **changes) -> FinetunedSystem:
+    retriever, recipe = make_retriever(root, system, dtype), make_recipe(system, **changes)
+    return finetune(system, retriever, make_data(), recipe, make_collection("dev", 1), callbacks=callbacks)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +133,7 @@ def test_killed_and_started_again(root, tmp_path, monkeypatch, cut):
     environment = os.environ | {"DIFFRET_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    (work,) = cache.glob("work/*")
+    (work,) = cache.rglob(".*.work")
     assert sorted(p.name for p in work.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert not [p for p in cache.glob("adapters/*") if p.is_dir() and p.name == whole.adapter.parent.name]
     if cut:
@@ -130,17 +147,18 @@ def test_killed_and_started_again(root, tmp_path, monkeypatch, cut):
     assert all(torch.equal(tensor, weights(whole.adapter)[name]) for name, tensor in weights(again.adapter).items())
     assert without_seconds(again) == without_seconds(whole)
     assert [r["step"] for r in again.curve] == [0, 1, 2, 3, 4, 5]
-    assert not list(cache.glob("work/*"))  # checkpoints are gone
+    assert not list(cache.rglob(".*.work"))  # checkpoints are gone
 
 
 def test_all_systems(root, monkeypatch):
     results = {name: train(root, name) for name in SYSTEMS}
-    table = training_summary(list(results.values()))
+    table = training_summary(list(results.values()), {"RepLLaMA": 2.0})
     assert table["system"].tolist() == list(SYSTEMS) and (table["steps"] == 5).all()
     assert table["best_step"].isin([2, 4, 5]).all()
-    curves = learning_curves(list(results.values()))
-    assert list(curves) == ["system", "step", "loss", "dev_ndcg", "seconds"] and len(curves) == 6 * 6
-    assert curves[curves["step"] > 0]["loss"].notna().all()
+    assert (table["undertrained"] == (table["dev_best"] <= table["dev_zero_shot"])).sum() >= 5
+    assert table.set_index("system")["undertrained"]["RepLLaMA"]  # no nDCG is as high as 2
+    curves = pd.concat([pd.DataFrame(result.curve).assign(system=name) for name, result in results.items()])
+    assert curves[curves["step"] > 0]["loss"].notna().all() and len(curves) == 6 * 6
     # the same steps on the same rows teach every system something on them
     loss = curves.pivot(index="system", columns="step", values="loss")
     assert (loss[5] < loss[1]).sum() >= 4
@@ -156,8 +174,12 @@ def test_all_systems(root, monkeypatch):
         assert str(root) not in (result.adapter / "adapter_config.json").read_text()
         # the merged adapter is the trained model
         kept = next(r for r in result.curve if r.get("kept"))
-        measured = Measurement(tuned, make_collection("dev", 1))(None)["ndcg@10"]
-        assert kept["dev_ndcg"] == pytest.approx(measured)
+        measured = Measurement(tuned, make_collection("dev", 1))()
+        assert kept["dev_ndcg"] == kept[f"dev_{tuned.modes[-1]}"] == pytest.approx(measured["ndcg"])
+        assert {name: kept.get(f"dev_{name}") for name in tuned.modes} == pytest.approx(
+            {name: measured[name] for name in tuned.modes}
+        )
+        assert ("dev_sparse" in kept) == ("sparse_loss" in kept) == tuned.reader.has_sparse
     # an adapter belongs to the backbone that it was trained on
     with pytest.raises(BackboneError):
         make_retriever(root, "RepLLaMA").with_adapter(results["DiffEmbed"].adapter)
@@ -165,30 +187,33 @@ def test_all_systems(root, monkeypatch):
     monkeypatch.setattr("diffret_lib.training.contrastive.add_lora", None)
     again = train(root, "RepLLaMA")
     assert again == results["RepLLaMA"] == FinetunedSystem.load(again.adapter.parent)
-    loss, dev = figures.training_curves(learning_curves([results["DiffEmbed"], again])).axes
-    assert [line.get_label() for line in dev.lines] == ["DiffEmbed", "RepLLaMA"]
-    assert list(loss.lines[0].get_xdata()) == [1, 2, 3, 4, 5] and list(dev.lines[0].get_xdata()) == [0, 2, 4, 5]
-    assert list(dev.lines[1].get_ydata()) == [r["dev_ndcg"] for r in again.curve if "dev_ndcg" in r]
 
 
-def test_rows_of_the_training_collection():
+def test_rows_of_the_training_collections():
     data = make_data()
     assert data.rows.column_names == ["query", "positive", "negative_1", "negative_2"] and len(data.rows) == 8
-    texts = dict(zip(data.collection.passage_ids, data.collection.passages, strict=True))
-    for query_id, row in zip(data.collection.query_ids, data.rows, strict=True):
+    (collection,) = data.collections
+    texts = dict(zip(collection.passage_ids, collection.passages, strict=True))
+    for query_id, row in zip(collection.query_ids, data.rows, strict=True):
         mined = data.negatives[data.negatives["query_id"] == query_id]["passage_id"]
-        assert row["positive"] == texts[data.collection.relevant(query_id)[0]]
+        assert row["positive"] == texts[collection.relevant(query_id)[0]]
         assert [row["negative_1"], row["negative_2"]] == [texts[p] for p in mined]
         assert row["positive"] not in (row["negative_1"], row["negative_2"])
     assert make_data().fingerprint == data.fingerprint
-    qrels = {"q": {"a": 1, "b": 1}, "r": {"d": 1}}
-    three = Collection.from_texts("c", list("abcd"), ["A", "B", "C", "A"], ["q", "r"], ["x", "y"], qrels)
+
+
+def test_rows_of_two_collections():
+    """Ids may be the same in both; a text that both have is one text."""
+    first = Collection.from_texts("c", list("abcd"), ["A", "B", "C", "A"], ["q", "r"], ["x", "y"], QRELS)
+    second = Collection.from_texts("d", list("abc"), ["E", "C", "A"], ["q"], ["z"], {"q": {"a": 1}})
     negatives = pd.DataFrame({"query_id": ["q", "r"], "passage_id": ["c", "b"], "source": ["random"] * 2})
-    made = training_data(three, negatives)
-    texts = [("x", "A", "C"), ("x", "B", "C"), ("y", "A", "B")]
+    made = training_data([(first, negatives), (second, negatives[:1].assign(passage_id="b"))])
+    texts = [("x", "A", "C"), ("x", "B", "C"), ("y", "A", "B"), ("z", "E", "C")]
     assert made.rows.to_list() == [dict(zip(("query", "positive", "negative_1"), row, strict=True)) for row in texts]
-    assert made.false_negatives.passages.tolist() == [[0, 2], [1, 2], [0, 1]]
-    assert made.false_negatives.relevant.tolist() == [[0, 1], [0, 1], [0, -1]]
+    assert made.false_negatives.passages.tolist() == [[0, 2], [1, 2], [0, 1], [3, 2]]
+    assert made.false_negatives.relevant.tolist() == [[0, 1], [0, 1], [0, -1], [3, -1]]
+    assert made.negatives["collection"].tolist() == ["c", "c", "d"]
+    assert made.fingerprint != training_data([(first, negatives)]).fingerprint
 
 
 def test_order_of_the_rows():
@@ -199,11 +224,53 @@ def test_order_of_the_rows():
 
 
 def test_recipe_is_on_record(root):
-    about = json.loads((train(root, "RepLLaMA").adapter.parent / "recipe.json").read_text())
-    assert (about["recipe"]["rank"], about["recipe"]["alpha"], about["recipe"]["temperature"]) == (16, 64, 0.01)
-    assert about["recipe"]["steps"] == 5 and about["trainable_parameters"] > 0
+    about = train(root, "RepLLaMA").about
+    assert (about["recipe"]["rank"], about["recipe"]["alpha"], about["recipe"]["steps"]) == (16, 64, 5)
+    assert about["trainable_parameters"] > 0 and about["recipe"].keys().isdisjoint({"adapters", "seeds"})
     limits = [about["limits"][part]["max_passage_tokens"] for part in ("training", "development")]
     assert limits == [32, 48]
+    assert make_recipe("RepLLaMA").temperature == make_recipe("DiffEmbed").temperature == 0.02
+    assert make_recipe("DiffRetriever multi").temperature == 0.01
+
+
+def test_schedule_of_the_authors(root):
+    """The rate rises in the first 6 % of the steps (at least one) and falls along a cosine to 0."""
+    result = train(root, "DiffEmbed")
+    rates = [record["learning_rate"] for record in result.curve if "learning_rate" in record]
+    expected = [0.0, *(0.01 * (1 + np.cos(np.pi * i / 4)) / 2 for i in range(4))]
+    assert rates == pytest.approx(expected, abs=1e-9)
+
+
+def test_learning_rate_is_chosen_on_the_development_collection(root, monkeypatch):
+    """Every rate has its run, and every run its entry; the best has the full one, with each seed."""
+    profile, dev = make_profile(learning_rates=[1e-9, 0.01, 0.02], selection_steps=2), make_collection("dev", 1)
+    given = make_retriever(root, "DiffEmbed"), make_data(), profile, dev
+    result = finetune_selected("DiffEmbed", *given)
+    assert [tried["learning_rate"] for tried in result.selection] == [1e-9, 0.01, 0.02]
+    assert {tried["steps"] for tried in result.selection} == {2} and result.curve[-1]["step"] == 5
+    scores = [tried["dev_ndcg"] for tried in result.selection]
+    best = result.selection[int(np.argmax(scores))]["learning_rate"]
+    assert len(set(scores)) > 1 and result.about["recipe"]["learning_rate"] == best
+    second = finetune_selected("DiffEmbed", *given, repetition=1)
+    assert second.about["recipe"] == result.about["recipe"] | {"seed": profile.seed + 1}
+    assert second.selection == result.selection and second.repetition == 1
+    assert without_seconds(second) != without_seconds(result)
+    assert training_summary([result, second], {})["repetition"].tolist() == [0, 1]
+    monkeypatch.setattr("diffret_lib.training.contrastive.add_lora", None)  # nothing is trained again
+    assert finetune_selected("DiffEmbed", *given, repetition=1) == second
+    longer = make_profile(learning_rates=[1e-9, 0.01, 0.02, 0.04], selection_steps=2)
+    with pytest.raises(TypeError):  # the first three are there, the fourth is trained
+        finetune_selected("DiffEmbed", *given[:2], longer, dev)
+
+
+def test_bfloat16_trains_float32_adapters(root):
+    result = train(root, "DiffRetriever multi", dtype="bfloat16", temperature=1.0)
+    assert {weight.dtype for weight in weights(result.adapter).values()} == {torch.float32}
+    exact = train(root, "DiffRetriever multi", temperature=1.0)
+    assert result.adapter != exact.adapter and result.about["backbone"]["dtype"] == "torch.bfloat16"
+    first = [next(r for r in run.curve if r["step"] == 1) for run in (result, exact)]
+    assert first[0]["dense_loss"] == pytest.approx(first[1]["dense_loss"], rel=0.1)
+    assert first[0]["sparse_loss"] == pytest.approx(first[1]["sparse_loss"], rel=0.1)
 
 
 def test_published_adapter_is_the_trained_one_in_half_the_bytes(root, tmp_path):
@@ -214,7 +281,10 @@ def test_published_adapter_is_the_trained_one_in_half_the_bytes(root, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "curve.jsonl", "recipe.json",
     ]  # fmt: skip
-    assert 'DiffRetriever("tiny-diffusion", k_query=2, k_passage=2).with_adapter(' in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert 'DiffRetriever("tiny-diffusion", k_query=2, k_passage=2).with_adapter(' in card
+    assert "trained on train (whole), with the learning rate 0.01 and the seed 13" in card
+    assert all(str(root) not in path.read_text() for path in folder.glob("*.[mj]*"))
     published, trained = weights(folder), weights(result.adapter)
     assert published.keys() == trained.keys()
     for name, weight in published.items():
@@ -223,11 +293,31 @@ def test_published_adapter_is_the_trained_one_in_half_the_bytes(root, tmp_path):
     sizes = [(f / "adapter_model.safetensors").stat().st_size for f in (folder, result.adapter)]
     assert sizes[0] < 0.6 * sizes[1]
     retriever = make_retriever(root, "DiffRetriever multi")
+    passages = make_data().collections[0].passages
     exact, rounded, zero_shot = (
-        torch.from_numpy(np.array(r.encode_passages(list(make_data().collection.passages), progress=False).dense)).flatten(1)
+        torch.from_numpy(np.array(r.encode_passages(passages, progress=False).dense)).flatten(1)
         for r in (retriever.with_adapter(result.adapter), retriever.with_adapter(folder), retriever)
     )
     assert torch.cosine_similarity(exact, rounded).min() > 0.999 > torch.cosine_similarity(exact, zero_shot).min()
+
+
+def test_published_adapter_stands_in_for_training(root, tmp_path):
+    result = replace(train(root, "DiffRetriever multi"), repetition=2, selection=[{"learning_rate": 0.01}])
+    folder = publish_adapter(result, tmp_path)
+    assert folder.name == "diffretriever-multi-seed-2"
+    retriever = make_retriever(root, "DiffRetriever multi")
+    loaded = load_published(tmp_path, "DiffRetriever multi", retriever, 2)
+    assert (loaded.curve, loaded.selection, loaded.repetition) == (result.curve, result.selection, 2)
+    assert publish_adapter(loaded, tmp_path) == folder  # again, from what it is itself
+    assert load_published(tmp_path, "DiffRetriever multi", retriever, 2) == replace(loaded, about=ANY)
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter of DiffRetriever multi; scripts/finetune.py"):
+        load_published(tmp_path, "DiffRetriever multi", retriever)
+    with pytest.raises(BackboneError, match=r"with \[2, 2\] vectors .* \[2, 4\] are asked for"):
+        load_published(tmp_path, "DiffRetriever multi", retriever.on(k_passage=4), 2)
+    tiny_backbone(tmp_path / "other", "diffusion", seed=1)
+    other = DiffRetriever(tiny_backbone(tmp_path / "other"), k_query=2, k_passage=2, **LIMITS)
+    with pytest.raises(BackboneError, match="does not fit"):
+        load_published(tmp_path, "DiffRetriever multi", other, 2)
 
 
 class Interrupt(TrainerCallback):
@@ -237,10 +327,10 @@ class Interrupt(TrainerCallback):
 
 def test_stops_early_and_stays_stopped(root):
     """Two measurements without a gain end the training, also where the process ends before the result is written."""
-    recipe = make_recipe(learning_rate=1e-12, evaluate_every=1, patience=2)
+    settings = {"learning_rates": [1e-12], "evaluate_every": 1, "patience": 2, "callbacks": [Interrupt()]}
     with pytest.raises(KeyboardInterrupt):
-        train(root, "RepLLaMA", recipe, callbacks=[Interrupt()])
-    result = train(root, "RepLLaMA", recipe, callbacks=[Interrupt()])  # does not train on
+        train(root, "RepLLaMA", **settings)
+    result = train(root, "RepLLaMA", **settings)  # does not train on
     assert [r["step"] for r in result.curve] == [0, 1, 2, 3]
     assert [r["step"] for r in result.curve if r.get("kept")] == [1]
     assert len({r["dev_ndcg"] for r in result.curve}) == 1

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections import namedtuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,41 +11,42 @@ from scipy import stats
 from diffret_lib.experiments import efficiency
 from diffret_lib.experiments.efficiency import (
     ANSWERED,
+    END_TO_END,
     FORCED,
+    SEARCH,
     claim4_ratios,
     effectiveness_latency,
-    encoding_latency,
+    in_words,
     interleaved,
+    latency,
     long_texts,
     measured,
     median_interval,
-    pairs_of,
-    read_effectiveness,
     search_latency,
 )
-from diffret_lib.experiments.study import Study
 from diffret_lib.models.prompts import encode_plain
-from diffret_lib.report import figures
-from tests.test_study import world  # noqa: F401  (a fixture)
+from tests.test_study import changed, world  # noqa: F401  (world is a fixture)
+
+KEYS = ["quantity", "system", "decoding", "side", "count", "k_passage", "batch", "text_tokens"]
 
 
 @pytest.fixture(scope="module")
 def study(world):  # noqa: F811
     s, _ = world
-    settings = {"counts": [1, 4], "text_tokens": [8, 16], "batch_sizes": [1, 2], "index_sizes": [100, 10**9], "repeats": 2,
-                "query_repeats": 7}
-    profile = s.profile.model_copy(update={"efficiency": s.profile.efficiency.model_copy(update=settings)})
-    return Study(profile, s._backbones, s._collections)
+    settings = {"counts": [1, 2, 5], "text_tokens": [8, 16], "batch_sizes": [1, 3], "index_sizes": [100, 10**9],
+                "query_repeats": 7}  # fmt: skip
+    return changed(s, sample={"queries": 4, "passages": 8}, efficiency=s.profile.efficiency.model_dump() | settings)
 
 
 @pytest.fixture(scope="module")
-def encoded(study):
-    return encoding_latency(study)
+def few(study):
+    """The same with a small index, as every measurement of queries has one."""
+    return changed(study, efficiency=study.profile.efficiency.model_dump() | {"index_sizes": [100, 200]})
 
 
 @pytest.fixture(scope="module")
-def searched(study):
-    return search_latency(study, (2, 4), [(5, 5)])
+def table(few):
+    return latency(few, (2, 1))
 
 
 def test_rounds_are_interleaved(monkeypatch):
@@ -56,18 +56,18 @@ def test_rounds_are_interleaved(monkeypatch):
     times = interleaved(calls, 3, torch.device("cpu"), "letters", warm_up=False)
     assert "".join(order) == "abccbaabc"
     # call number i takes (2i + 1)^2 - (2i)^2
-    assert times == {"a": [1, 21, 25], "b": [5, 17, 29], "c": [9, 13, 33]}
+    assert {n: t.tolist() for n, t in times.items()} == {"a": [1, 21, 25], "b": [5, 17, 29], "c": [9, 13, 33]}
     interleaved(calls, 1, torch.device("cpu"), "letters")
     assert "".join(order[9:]) == "abcabc"
 
 
-def test_forced_decoding_has_every_token(study):
-    systems = efficiency._systems(study, [6], 64, False)
-    free, forced = (systems["PromptReps multi", "autoregressive", 7, decoding] for decoding in (ANSWERED, FORCED))
+def test_forced_decoding_has_every_vector(study):
+    timed = [("PromptReps", how, (7, 7)) for how in (FORCED, ANSWERED)]
+    systems = efficiency._systems(study, timed, 64)
+    forced, free = (systems[key] for key in timed)
     texts = ["A heap is a binary tree.", "Return a sorted copy.", "eigenvalues"]
-    assert (forced.encode_passages(texts, progress=False).lengths == 7).all()
-    kept = free.encode_passages(texts, progress=False)
-    whole = forced.encode_passages(texts, progress=False)
+    whole, kept = (r.encode_passages(texts, progress=False) for r in (forced, free))
+    assert (whole.lengths == 7).all()
     for i, n in enumerate(kept.lengths):  # what there is of the answer is the same
         np.testing.assert_allclose(whole.dense[i, :n], kept.dense[i, :n], atol=1e-5)
 
@@ -78,71 +78,86 @@ def test_texts_are_long_enough(study):
     assert len(set(texts)) == 3 and all(len(ids) >= 40 for ids in encode_plain(tokenizer, texts))
 
 
-def test_encoding_latency(encoded):
-    table, ratios = encoded, claim4_ratios(encoded, [1, 4])
-    assert not table.drop(columns=["decoding", "ratio_low", "ratio_high"]).isna().any().any()
-    assert (table["q1_ms"] <= table["median_ms"]).all() and (table["median_ms"] <= table["q3_ms"]).all()
-    curve = table[(table["curve"] == "vectors") & (table["side"] == "query")]
-    kinds = set(zip(curve["system"], curve["vectors"], curve["decoding"]))
-    assert kinds == {
-        ("DiffRetriever", 1, ""), ("DiffRetriever", 4, ""), ("PromptReps single", 1, ""), ("DiffEmbed", 1, ""),
-        ("Mean pooling", 1, ""), ("RepLLaMA", 1, ""), *(("PromptReps multi", n, d) for n in (2, 5) for d in (FORCED, ANSWERED)),
-    }  # fmt: skip
-    assert set(table[table["curve"] == "length"]["text_tokens"]) == {8, 16}
-    assert set(table[table["curve"] == "batch"]["batch_size"]) == {1, 2}
-    own = table[(table["system"] == "PromptReps single") | ((table["system"] == "DiffRetriever") & (table["vectors"] == 1))]
-    assert (own[["ratio", "ratio_q1", "ratio_q3"]] == 1).all().all()
-    assert ratios["comparison"].tolist() == [
-        "DiffRetriever K=4 / K=1", "PromptReps N=4 / single", "PromptReps N=4 / single, as answered"
-    ]  # fmt: skip
-    assert ratios[["vectors_a", "vectors_b"]].to_numpy().tolist() == [[4, 1], [5, 1], [5, 1]]
-    assert ratios["system"].tolist() == ["DiffRetriever", "PromptReps", "PromptReps"]
-    assert ratios["count"].tolist() == [4] * 3
-    row = curve[(curve["system"] == "DiffRetriever") & (curve["vectors"] == 4)]
-    assert ratios["ratio"][0] == row["ratio"].item()
-    # two rounds have no interval; the query's curve, on which claim 4 rests, has more
-    assert curve["ratio_low"].notna().all() and table.drop(curve.index)["ratio_low"].isna().all()
-    assert (ratios["ratio_low"] <= ratios["ratio"]).all() and (ratios["ratio"] <= ratios["ratio_high"]).all()
+def test_what_is_timed(table):
+    assert not table.duplicated(KEYS).any() and not table.isna().any().any()
+    assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
+    one = table[(table["side"] == "query") & (table["batch"] == 1)]
+    timed = {q: set(zip(own["system"], own["decoding"], own["count"])) for q, own in one.groupby("quantity")}
+    singles = {(s, "", 1) for s in ("DiffRetriever", "PromptReps", "DiffEmbed", "Mean pooling", "RepLLaMA")}
+    # the selected pair (2, 1), the grid's largest (2, 2); N = 4 fine-tuned, 3 zero-shot
+    several = {
+        ("DiffRetriever", "", 2),
+        ("PromptReps", FORCED, 4),
+        ("PromptReps", FORCED, 3),
+        ("PromptReps", ANSWERED, 3),
+    }
+    assert timed[SEARCH] == timed[END_TO_END] == singles | several
+    curve = {("DiffRetriever", "", 5), ("PromptReps", FORCED, 2), ("PromptReps", FORCED, 5)}
+    assert timed["encoding"] == singles | several | curve
+    assert set(one[~one["used"]]["count"]) == {2, 5} and set(one[one["count"] == 2]["k_passage"]) == {1, 2}
+    assert set(table["batch"]) == {1, 3} and set(table[table["side"] == "passage"]["text_tokens"]) == {8, 16}
+    indexed = table[table["quantity"] != "encoding"]["passages"]  # 200 vectors at the most vectors, for all
+    assert (indexed == 50).all() and (table[table["quantity"] == "encoding"]["passages"] == 0).all()
+    assert (table[table["count"] == 1][["ratio", "ratio_low", "ratio_high"]] == 1).all().all()
 
 
-def test_ratios_are_taken_within_rounds(study, monkeypatch):
+def test_ratios_are_taken_within_rounds_and_end_to_end_is_a_sum(few, monkeypatch):
     """Rounds of which the second is three times as slow: no ratio moves."""
 
-    def timed(calls, repeats, device, desc):
-        cost = {name: 10.0 * name[2] for name in calls}
-        return {name: [c / 1000, 3 * c / 1000] for name, c in cost.items()}
+    def timed(calls, rounds, device, desc):
+        # a pair searches in the milliseconds of its vectors, the sparse index in 1; systems encode in 10 a vector
+        cost = {
+            key: 1.0 if key == "sparse" else sum(key) if isinstance(key[0], int) else 10.0 * key[2][0] for key in calls
+        }
+        return {key: np.array([ms / 1000, 3 * ms / 1000]) for key, ms in cost.items()}
 
     monkeypatch.setattr(efficiency, "interleaved", timed)
-    table = encoding_latency(study)
-    ratios = claim4_ratios(table, [1, 4])
-    assert np.allclose(table["ratio"], table["vectors"]) and np.allclose(table["ratio_q1"], table["ratio_q3"])
-    assert np.allclose(table["median_ms"], 20 * table["vectors"])
-    assert ratios["ratio"].tolist() == pytest.approx([4, 5, 5])
+    rows = latency(few, (2, 1))
+    ms = rows[rows["batch"] == 1].set_index(KEYS[:6])["value"]
+    assert ms["encoding", "DiffRetriever", "", "query", 2, 1] == 40  # the median of 20 and 60
+    assert ms[SEARCH, "DiffRetriever", "", "query", 2, 1] == 2 * (3 + 1)
+    assert ms[SEARCH, "DiffEmbed", "", "query", 1, 1] == 2 * 2  # has no sparse side
+    assert ms[END_TO_END, "PromptReps", FORCED, "query", 4, 4] == 2 * (40 + 8 + 1)
+    ratios = claim4_ratios(rows).set_index(["quantity", "system", "decoding", "count", "batch"])["value"]
+    assert np.allclose(ratios["encoding"], ratios["encoding"].index.get_level_values("count"))
+    assert ratios[END_TO_END, "PromptReps", FORCED, 4, 3] == pytest.approx((40 + 9) / (10 + 3))
+
+
+def test_claim_4(table):
+    ratios = claim4_ratios(table)
+    assert list(ratios)[:6] == ["comparison", "quantity", "system", "decoding", "count", "batch"]
+    assert set(ratios["quantity"]) == {"encoding", END_TO_END} and (ratios["unit"] == "times").all()
+    assert "PromptReps N=3 / N=1, as answered, batch 3, end to end" in set(ratios["comparison"])
+    for batch, quantity in ((1, "encoding"), (3, END_TO_END)):
+        own = ratios[(ratios["batch"] == batch) & (ratios["quantity"] == quantity) & ratios["used"]]
+        assert {("DiffRetriever", 2), ("PromptReps", 3), ("PromptReps", 4)} == set(zip(own["system"], own["count"]))
+    text = in_words(ratios)
+    own = ratios[(ratios["batch"] == 1) & (ratios["quantity"] == "encoding") & ratios["used"]]
+    for system, count in (("DiffRetriever", 2), ("PromptReps", 4)):
+        row = own[(own["system"] == system) & (own["count"] == count) & (own["decoding"] != ANSWERED)].iloc[-1]
+        assert f"{row['value']:.2f} times [{row['low']:.2f}, {row['high']:.2f}]" in text
+    assert text.count(". ") == 1 and "50 passages" in text
 
 
 def test_interval_of_a_median():
     values = np.random.default_rng(0).lognormal(size=20)
     # the sign test: 95 % of binomial(20, 1/2) lies between the 6th and the 15th value, and no fewer do
     assert stats.binom.cdf(5, 20, 0.5) < 0.025 < stats.binom.cdf(6, 20, 0.5)
-    assert median_interval(values) == (np.sort(values)[5], np.sort(values)[14])
-    assert np.isnan(median_interval(values[:5])).all()
-    assert median_interval(values[:6]) == (min(values[:6]), max(values[:6]))
+    assert list(median_interval(values).values()) == [np.median(values), np.sort(values)[5], np.sort(values)[14]]
+    assert np.isnan(median_interval(values[:5])["low"])
+    assert median_interval(values[:6])["high"] == max(values[:6])
 
 
-def test_search_latency_and_what_does_not_fit(searched):
-    assert searched[["index", "passages"]].to_numpy().tolist()[:3] == [
-        ["dense, single (faiss)", 100], ["sparse", 100], ["dense, single (faiss)", 10**9]
+def test_search_latency_and_what_does_not_fit(study, monkeypatch):
+    memory = namedtuple("Memory", "available")(10**9)
+    monkeypatch.setattr(efficiency.psutil, "virtual_memory", lambda: memory)
+    searched = search_latency(study, (2, 4))
+    assert searched[["index", "vectors", "passages"]].to_numpy().tolist() == [
+        ["dense, single (faiss)", 100, 100], ["sparse", 100, 100], ["MaxSim", 100, 25],
+        ["dense, single (faiss)", 10**9, 10**9], ["MaxSim", 10**9, 25 * 10**7],
     ]  # fmt: skip
-    timed = searched[searched["note"] == ""]
-    assert timed["median_ms"].notna().all() and (timed["vectors"] == timed["passages"] * timed["k_passage"]).all()
-    # every kind searches the passages of the largest MaxSim index, and the other pair does
-    same = timed[timed["passages"] == 25]
-    assert same[["index", "k_query", "k_passage"]].to_numpy().tolist() == [
-        ["dense, single (faiss)", 1, 1], ["sparse", 1, 1], ["MaxSim", 2, 4], ["MaxSim", 5, 5]
-    ]  # fmt: skip
-    left_out = searched[searched["vectors"] == 10**9]
-    assert len(left_out) == 3 and left_out["median_ms"].isna().all()
-    assert (left_out["note"].str.contains("128.0 GB of vectors") == (left_out["index"] != "sparse")).all()
+    assert searched["value"].notna().tolist() == [True] * 3 + [False] * 2
+    assert searched["note"].str.startswith("left out: 25%").tolist() == [False] * 3 + [True] * 2
 
 
 def test_measured_once_on_a_machine(study, monkeypatch, tmp_path):
@@ -157,64 +172,37 @@ def test_measured_once_on_a_machine(study, monkeypatch, tmp_path):
     pd.testing.assert_frame_equal(measured(study, measure, (2, 4)), first)
     assert first["ms"][0] == 0.1 + 0.2 and calls == [(2, 4)]
     measured(study, measure, (2, 2))
-    monkeypatch.setattr(efficiency, "hardware", lambda: dict.fromkeys(("cpu", "cores_usable", "gpu", "system"), "other"))
+    monkeypatch.setattr(
+        efficiency, "hardware", lambda: dict.fromkeys(("cpu", "cores_usable", "gpu", "system"), "other")
+    )
     measured(study, measure, (2, 4))
     assert calls == [(2, 4), (2, 2), (2, 4)]
 
 
-def test_memory_decides(study, monkeypatch):
-    monkeypatch.setattr(efficiency.psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(100 * 32 * 4 * 3))
-    notes = search_latency(study, (2, 4)).query("index != 'sparse'")["note"]
-    assert len(notes) == 4 and notes.str.startswith("left out").all()
-
-
-def evaluation() -> pd.DataFrame:
+def test_effectiveness_beside_latency(table):
     cells = [("zero-shot", "BM25", "sparse", 0.7, None), ("zero-shot", "DiffRetriever single", "hybrid", 0.5, (1, 1)),
-             ("zero-shot", "DiffRetriever multi", "hybrid", 0.6, (2, 4)),
+             ("zero-shot", "DiffRetriever multi", "hybrid", 0.6, (2, 1)),
              ("zero-shot", "DiffEmbed", "dense", 0.2, None),
-             ("zero-shot", "PromptReps single", "hybrid", 0.4, (1, 1)),
-             ("zero-shot", "PromptReps multi (N=4)", "hybrid", 0.3, (5, 5)),
-             ("fine-tuned", "DiffRetriever multi", "hybrid", 0.8, (2, 4)),
-             ("fine-tuned", "RepLLaMA", "dense", 0.5, None)]  # fmt: skip
+             ("zero-shot", "DiffRetriever multi (text only)", "hybrid", 0.3, (2, 1)),
+             ("zero-shot", "PromptReps multi", "hybrid", 0.3, (3, 3)),
+             ("zero-shot", "PromptReps multi", "dense", 0.1, (3, 3)),
+             ("fine-tuned", "DiffRetriever multi", "hybrid", 0.8, (2, 1)),
+             ("fine-tuned", "PromptReps multi", "hybrid", 0.5, (4, 4))]  # fmt: skip
     frame = pd.DataFrame(
         [{"training": t, "system": s, "mode": m, "k_query": k and k[0], "k_passage": k and k[1], "collection": c,
           "metric": "ndcg@10", "value": v + d}
          for t, s, m, v, k in cells for c, d in (("one", 0.1), ("two", -0.1), ("left out", 9.0))]
     )  # fmt: skip
-    return frame.astype({"k_query": "Int64", "k_passage": "Int64"})
-
-
-def test_effectiveness_beside_latency(encoded, searched):
-    assert pairs_of(evaluation()) == [(2, 4), (5, 5)]
-    table = effectiveness_latency(encoded, searched, evaluation(), ["one", "two"]).set_index(["training", "system"])
-    expected = evaluation().query("collection == 'one' and system != 'BM25'").set_index(["training", "system"])
-    assert table["ndcg"].to_dict() == pytest.approx((expected["value"] - 0.1).to_dict())
-    curve = encoded[(encoded["curve"] == "vectors") & (encoded["side"] == "query") & (encoded["decoding"] != FORCED)]
-    encoding = curve.set_index(["system", "vectors"])["median_ms"]
-    search = searched[searched["passages"] == 25].set_index(["index", "k_passage"])["median_ms"]
-    assert (table["indexed_passages"] == 25).all()
-    dense, sparse = search["dense, single (faiss)", 1], search["sparse", 1]
-    for name, read, vectors, searching in [
-        ("DiffRetriever single", "DiffRetriever", 1, dense + sparse),
-        ("DiffRetriever multi", "DiffRetriever", 4, search["MaxSim", 4] + sparse),  # 2 was not timed
-        ("PromptReps multi (N=4)", "PromptReps multi", 5, search["MaxSim", 5] + sparse),
-        ("DiffEmbed", "DiffEmbed", 1, dense),
-    ]:
-        row = table.loc["zero-shot", name]
-        assert row["timed_vectors"] == vectors and row["encoding_ms"] == encoding[read, vectors]
-        assert row["search_ms"] == pytest.approx(searching)
-        assert row["latency_ms"] == pytest.approx(encoding[read, vectors] + searching)
-    own = [table.loc[t, "DiffRetriever multi"]["latency_ms"] for t in ("zero-shot", "fine-tuned")]
-    assert own[0] == own[1]
-    drawn = figures.latency_vectors(encoded), figures.latency_search(searched)
-    for fig in (*drawn, figures.effectiveness_latency(table.reset_index())):
-        assert all(ax.get_xlabel() and "ms" in ax.get_xlabel() + ax.get_ylabel() for ax in fig.axes)
-        fig.canvas.draw()
-        plt.close(fig)
-
-
-def test_evaluation_is_read_as_it_was_written(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"evaluation\.csv"):
-        read_effectiveness(tmp_path)
-    evaluation().to_csv(tmp_path / "evaluation.csv", index=False)
-    pd.testing.assert_frame_equal(read_effectiveness(tmp_path), evaluation())
+    placed = effectiveness_latency(table, frame, ["one", "two"]).set_index(["training", "system"])
+    expected = {(t, s): v for t, s, m, v, _ in cells if m != "sparse" and "text" not in s and v != 0.1}
+    assert placed["ndcg"].to_dict() == pytest.approx(expected)
+    ms = table[(table["side"] == "query") & (table["batch"] == 1)].set_index([*KEYS[:3], *KEYS[4:6]])["value"]
+    for (training, name), system in {
+        ("zero-shot", "DiffRetriever multi"): ("DiffRetriever", "", 2, 1),
+        ("zero-shot", "DiffEmbed"): ("DiffEmbed", "", 1, 1),
+        ("zero-shot", "PromptReps multi"): ("PromptReps", ANSWERED, 3, 3),
+        ("fine-tuned", "PromptReps multi"): ("PromptReps", FORCED, 4, 4),
+    }.items():  # fmt: skip
+        spent = [ms[(quantity, *system)] for quantity in ("encoding", SEARCH, END_TO_END)]
+        assert placed.loc[(training, name), ["encoding_ms", "search_ms", "latency_ms"]].tolist() == spent
+    assert (placed["passages"] == 50).all()

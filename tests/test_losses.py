@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import MultiVectorEncoder
-from tests.tiny import tiny_backbone
 
-from diffret_lib.training.lora import add_lora
-from diffret_lib.training.losses import FalseNegatives, JointInfoNCE, dense_scores
 from diffret_lib.retrieval.systems import DiffEmbed, DiffRetriever, PromptReps, RepLLaMA
+from diffret_lib.training.lora import add_lora
+from diffret_lib.training.losses import Columns, FalseNegatives, JointInfoNCE, dense_scores
+from tests.tiny import tiny_backbone
 
 QUERIES = ["priority queue", "sorted copy of an array", "eigenvalues"]
 PASSAGES = [
@@ -20,7 +20,7 @@ SYSTEMS = {
     "DiffRetriever multi": (DiffRetriever, {"k_query": 2, "k_passage": 3}),
     "DiffEmbed": (DiffEmbed, {}),
     "PromptReps single": (PromptReps, {}),
-    "PromptReps multi": (PromptReps, {"max_new_tokens": 2}),
+    "PromptReps multi": (PromptReps, {"max_vectors": 3}),
     "RepLLaMA": (RepLLaMA, {}),
 }
 
@@ -43,9 +43,15 @@ def trainable(folder, system: str):
     return retriever.reader.train()
 
 
-def features(reader):
-    columns = [reader.preprocess(QUERIES, task="query")]
-    return columns + [reader.preprocess(texts, task="passage") for texts in PASSAGES]
+def features(reader) -> tuple[list[dict], torch.Tensor]:
+    """The two columns of the batch, as the library's trainer gives them, and the labels."""
+    rows = [
+        {"query": q, "positive": p, "negative_1": n, "label": i}
+        for i, (q, p, n) in enumerate(zip(QUERIES, *PASSAGES, strict=True))
+    ]
+    batch = Columns(reader)(rows)
+    columns = [{k.removeprefix(s): v for k, v in batch.items() if k.startswith(s)} for s in ("query_", "passage_")]
+    return columns, batch["label"]
 
 
 def gradients(reader, loss) -> dict[str, torch.Tensor]:
@@ -54,7 +60,7 @@ def gradients(reader, loss) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in reader.named_parameters() if p.requires_grad}
 
 
-def plain(reader, temperature: float) -> torch.Tensor:
+def plain(reader, temperature: float, sparse_temperature: float, sparse_weight: float) -> torch.Tensor:
     """The formula with loops: one text at a time."""
     columns = [(QUERIES, "query"), *((texts, "passage") for texts in PASSAGES)]
     sides = [[reader(reader.preprocess([t], task=task)) for t in texts] for texts, task in columns]
@@ -70,29 +76,54 @@ def plain(reader, temperature: float) -> torch.Tensor:
             score = best[0] if single else sum(b.clamp(min=0) for b in best) / len(vectors)
             dense.append(score / temperature)
             if reader.has_sparse:
-                sparse.append(q["sentence_embedding"][0] @ p["sentence_embedding"][0])
-        for scores in (dense, sparse):
+                sparse.append(q["sentence_embedding"][0] @ p["sentence_embedding"][0] / sparse_temperature)
+        for scores, weight in ((dense, 1.0), (sparse, sparse_weight)):
             if scores:
-                total = total + torch.logsumexp(torch.stack(scores), 0) - scores[i]
+                total = total + weight * (torch.logsumexp(torch.stack(scores), 0) - scores[i])
     return total / len(queries)
 
 
+@pytest.mark.parametrize("sparse", [(1.0, 1.0), (5.0, 0.5)])
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_cached_and_uncached_are_the_formula(folder, system):
+def test_cached_and_uncached_are_the_formula(folder, system, sparse):
     reader = trainable(folder, system)
     model = MultiVectorEncoder(modules=[reader], device="cpu")
-    expected = plain(reader, 0.1)
+    expected = plain(reader, 0.1, *sparse)
     wanted = gradients(reader, expected)
     assert any(g.abs().max() > 1e-4 for g in wanted.values())
     for size in (1000, 2):  # at once; two texts at a time, gradients cached
-        loss = JointInfoNCE(model, temperature=0.1, mini_batch_size=size)
-        value = loss(features(reader))
+        settings = {"sparse_temperature": sparse[0], "sparse_weight": sparse[1], "mini_batch_size": size}
+        loss = JointInfoNCE(model, temperature=0.1, **settings)
+        value = loss(*features(reader))
         assert value.item() == pytest.approx(expected.item(), abs=1e-5)
         found = gradients(reader, value)
         for name, gradient in wanted.items():
             torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3)
         assert set(loss.parts) == ({"dense", "sparse"} if reader.has_sparse else {"dense"})
-        assert float(sum(loss.parts.values())) == pytest.approx(expected.item(), abs=1e-5)
+        weighted = sum(part * {"dense": 1.0, "sparse": sparse[1]}[side] for side, part in loss.parts.items())
+        assert float(weighted) == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_columns_have_the_longest_passage_first(folder):
+    reader = trainable(folder, "DiffRetriever multi")
+    (queries, passages), labels = features(reader)
+    lengths = passages["attention_mask"].sum(1).tolist()
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 2 and labels.tolist() == [0, 1, 2]
+    rows = reader.preprocess([text for column in PASSAGES for text in column], task="passage")
+    assert torch.equal(passages["input_ids"][passages["place"]], rows["input_ids"])
+    assert torch.equal(queries["input_ids"], reader.preprocess(QUERIES, task="query")["input_ids"])
+
+
+def test_bfloat16_runs_the_model_and_not_the_scores(folder):
+    reader = trainable(folder, "DiffRetriever multi")
+    model, dtypes = MultiVectorEncoder(modules=[reader], device="cpu"), []
+    reader.model.get_base_model().lm_head.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    loss = JointInfoNCE(model, temperature=0.1, mini_batch_size=2, bfloat16=True)
+    value = loss(*features(reader))
+    assert value.dtype == torch.float32 and value.item() == pytest.approx(plain(reader, 0.1, 1.0, 1.0).item(), rel=0.05)
+    before = len(dtypes)
+    gradients(reader, value)  # the second pass of the cache as well
+    assert set(dtypes[:5] + dtypes[before:]) == {torch.bfloat16} and len(dtypes) > before
 
 
 def test_dense_scores_are_what_is_searched_by():
@@ -118,7 +149,7 @@ def test_passages_that_are_relevant_are_no_negatives(folder):
     none = FalseNegatives(torch.arange(6).view(3, 2), torch.tensor([[0], [2], [4]]))
     all_of_them = FalseNegatives(torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 1, dtype=torch.long))
     losses = [
-        JointInfoNCE(model, temperature=0.1, false_negatives=f)(features(reader), torch.arange(3)).item()
+        JointInfoNCE(model, temperature=0.1, false_negatives=f)(*features(reader)).item()
         for f in (None, none, all_of_them)
     ]
     assert losses[0] == losses[1] > 0.1 and losses[2] == 0  # nothing left but the positive

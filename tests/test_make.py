@@ -45,8 +45,15 @@ def write(path: Path, *cells: str, name: str) -> None:
     nbformat.write(notebook, path)
 
 
+CHECK = """from diffret_lib.config import ProfileError
+def check(profile):
+    if "bad" in profile.test_collections:
+        raise ProfileError("test_collections: bad: no good")
+"""
+
+
 class Copy:
-    """A checkout with two small notebooks, and make in it."""
+    """A checkout with two small notebooks, and make in it; nothing is loaded to check a profile but its names."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -56,6 +63,7 @@ class Copy:
                 shutil.copytree(CHECKOUT / name, root / name, ignore=ignore)
             else:
                 shutil.copy(CHECKOUT / name, root / name)
+        (root / "scripts" / "plan.py").write_text(CHECK)
         (root / "notebooks" / "profiles").mkdir(parents=True)
         shutil.copy(CHECKOUT / "notebooks/profiles/smoke.yml", root / "notebooks/profiles")
         write(self.notebook(0), WRITE, SHOW, name=NAMES[0])
@@ -103,6 +111,7 @@ def test_a_run_and_what_runs_again(checkout):
     folder, given = root / "my corpus", "COLLECTION=my corpus:dev"  # a space and a split
     (folder / "qrels").mkdir(parents=True)
     (folder / "corpus.jsonl").write_text("{}\n")
+    (folder / "qrels" / "dev.tsv.gz").write_text("")
     (results / "notebooks").mkdir(parents=True)
     (results / "notebooks" / f"{NAMES[1]}.failed.ipynb").write_text("of an earlier run")
     status, output = checkout.make("reproduce", "PROFILE=smoke", given)
@@ -124,11 +133,28 @@ def test_a_run_and_what_runs_again(checkout):
     assert checkout.runs() == NAMES  # the results are those with the collection
     (folder / "corpus.jsonl").touch()
     assert checkout.runs(given) == []
-    (folder / "qrels" / "dev.tsv").write_text("a\tb\t1\n")  # an edit of its files
+    (folder / "qrels" / "dev.tsv.gz").write_text("a\tb\t1\n")  # an edit of its files
     assert checkout.runs(given) == NAMES
-    (folder / "qrels" / "dev.tsv").unlink()
+    (folder / "qrels" / "dev.tsv.gz").write_text("")
     status, output = checkout.make("reproduce", "PROFILE=smoke", "COLLECTION=nowhere:dev")
     assert status == 2 and "COLLECTION: there is no folder 'nowhere:dev'" in output
+    (root / "bad").mkdir()  # several: the profile is checked with them, before anything runs
+    status, output = checkout.make("reproduce", "PROFILE=smoke", "COLLECTION='my corpus' bad")
+    assert status == 2 and "error: test_collections: bad: no good" in output and "== 0" not in output
+    profile = root / "notebooks/profiles/smoke.yml"
+    content = profile.read_text(encoding="utf-8")
+    profile.write_text(content.replace("test_collections:", "test_collections:\n    - beir/mine", 1), encoding="utf-8")
+    (root / "data" / "mine").mkdir(parents=True)
+
+    def inputs() -> str:
+        assert checkout.runs(DIFFRET_DATA="data") == NAMES
+        return (root / "build/smoke" / f"{NAMES[0]}.inputs").read_text()
+
+    before = inputs()
+    (root / "data" / "mine" / "corpus.jsonl.gz").write_text("{}")  # a collection of the profile itself
+    assert inputs() != before
+    profile.write_text(content, encoding="utf-8")
+    assert checkout.runs(given) == []
 
     first = executed.read_bytes()
     table = results / "tables" / f"{NAMES[0]}.csv"

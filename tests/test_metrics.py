@@ -2,23 +2,29 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
+import ir_measures
 import numpy as np
 import pytest
 import ranx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ir_measures import RR, R, nDCG
 
 from diffret_lib.retrieval.metrics import (
     METRICS,
-    bootstrap_interval,
     holm,
+    load_qrels,
+    load_run,
     macro_average,
-    macro_interval,
     macro_randomization_p,
     make_run,
     per_query,
     save_qrels,
     save_run,
 )
+from diffret_lib.retrieval.search import to_results
 
 QRELS = {"q2": {"a": 1, "b": 1}, "q1": {"c": 2, "d": 1}, "q3": {"e": 1}}
 RUN = {
@@ -60,33 +66,61 @@ def test_queries_without_results_count_and_foreign_ones_do_not():
     assert per_query(QRELS, empty, ["mrr@10"])["mrr@10"].tolist() == [0.0, 0.0, 1.0]
 
 
-def test_evaluation_errors():
-    with pytest.raises(ValueError, match="cannot compute 'speed@10'"):
-        per_query(QRELS, RUN, ["speed@10"])
-    with pytest.raises(ValueError, match="share no query.*'z1'.*'q2'"):
-        per_query(QRELS, {"z1": {"a": 1.0}})
-    with pytest.raises(ValueError, match="share no query"):
-        per_query({}, RUN)
+def test_numbers_are_those_of_trec_eval():
+    """Graded, zero and negative judgements, judged passages that no one retrieved, missing queries, and ties."""
+    rng = np.random.default_rng(0)
+    names, qrels, apart, tied = [f"d{i}" for i in rng.permutation(100)], {}, {}, {}
+    for query in (f"q{i}" for i in range(20)):
+        qrels[query] = dict(zip(rng.choice(names, 30, replace=False), rng.integers(-2, 4, 30).tolist()))
+        apart[query] = dict(zip(rng.choice(names, 80, replace=False), rng.random(80).tolist()))
+        # of equal scores trec_eval has the greater id first, and here the first that is named is first
+        tied[query] = {p: round(4 * score) / 4 for p, score in sorted(apart[query].items(), reverse=True)}
+    del apart["q3"], tied["q5"]
+    for run in (apart, tied, {**apart, "other": {"d1": 1.0}}):
+        found = per_query(qrels, run)
+        for metric, theirs in zip(METRICS, (nDCG @ 10, RR, R @ 100), strict=True):
+            by_query = {m.query_id: m.value for m in ir_measures.pytrec_eval.iter_calc([theirs], qrels, run)}
+            wanted = np.array([by_query.get(query, 0.0) for query in sorted(qrels)])
+            wanted[wanted < (0.1 if theirs is RR else 0)] = 0  # a first relevant passage below the cut at 10
+            np.testing.assert_allclose(found[metric], wanted, atol=1e-6)
+        assert 0.05 < found["ndcg@10"].mean() < 0.9
 
 
-@pytest.mark.parametrize("metric", ["ndcg@0", "ndcg@-1", "ndcg@x", None, 5, ""])
-def test_metrics_that_are_none(metric):
-    with pytest.raises(ValueError, match="cannot compute"):
-        per_query(QRELS, RUN, [metric])
+def test_a_run_of_ties_has_the_same_numbers_in_trec_eval(tmp_path):
+    """Scores are set apart so that trec_eval, which reads float32, keeps the order."""
+    ids = [f"p{i:03}" for i in np.random.default_rng(0).permutation(60)]
+    run = to_results(np.repeat([[0.3, 0.1, 0.0]], 20, axis=1), np.arange(60)[None], ["q"], ids)
+    qrels = {"q": dict.fromkeys(ids[3:60:7], 1)}
+    save_run(run, tmp_path / "r.trec")
+    (theirs,) = ir_measures.iter_calc([nDCG @ 10], qrels, ir_measures.read_trec_run(str(tmp_path / "r.trec")))
+    assert per_query(qrels, load_run(tmp_path / "r.trec"))["ndcg@10"] == [pytest.approx(theirs.value, abs=1e-6)]
 
 
 @pytest.mark.parametrize(
-    ("qrels", "run", "error", "message"),
+    ("qrels", "run", "metrics", "message"),
     [
-        ({"q": {"a": 1}}, {"q": {"a": "9", "b": "10"}}, TypeError, "not str"),
-        ({"q": {"a": 1}}, {"q": {"a": float("nan")}}, ValueError, "query 'q' has scores that are not finite"),
-        ({"q": {"a": 1}}, {"q": {"a": float("inf")}}, ValueError, "query 'q' has scores that are not finite"),
-        ({"q": {"a": 0.5}}, {"q": {"a": 1.0}}, TypeError, "'float' object cannot be interpreted as an integer"),
+        (QRELS, RUN, ["speed@10"], "cannot compute 'speed@10'"), (QRELS, RUN, ["ndcg@0"], "cannot compute 'ndcg@0'"),
+        (QRELS, RUN, ["ndcg@-1"], "cannot compute"), (QRELS, RUN, ["ndcg@x"], "cannot compute"),
+        (QRELS, RUN, ["ndcg@10@5"], "cannot compute"), (QRELS, RUN, [f"ndcg@{10**30}"], "cannot compute"),
+        (QRELS, RUN, [""], "cannot compute"), (QRELS, RUN, [None], "metrics must be strings, not NoneType"),
+        (QRELS, RUN, [5], "metrics must be strings, not int"), (QRELS, RUN, "ndcg@10", "metrics must be a list"),
+        (QRELS, {"z1": {"a": 1.0}}, METRICS, "share no query.*'z1'.*'q2'"), ({}, RUN, METRICS, "share no query"),
+        ({"q": {"a": 1}}, {"q": {"a": "9", "b": "10"}}, METRICS, "a finite number .* .q., passage .a., not .9."),
+        ({"q": {"a": 1}}, {"q": {"a": math.nan}}, METRICS, "a finite number .* not nan"),
+        ({"q": {"a": 1}}, {"q": {"a": -math.inf}}, METRICS, "a finite number .* not -inf"),
+        ({"q": {"a": 1}}, {"q": {"a": None}}, METRICS, "a finite number .* not None"),
+        ({"q": {"a": 1}}, {"q": {"a": True}}, METRICS, "a finite number .* not True"),
+        ({"q": {"a": 0.5}}, {"q": {"a": 1.0}}, METRICS, "a whole number of at most 9 digits .* not 0.5"),
+        ({"q": {"a": 10**30}}, {"q": {"a": 1.0}}, METRICS, "a whole number of at most 9 digits"),
+        ({"q": {"a": 1}}, {"q": {7: 1.0}}, METRICS, "passage ids of the run must be strings, not int .as 7."),
+        ({7: {"a": 1}}, {"q": {"a": 1.0}}, METRICS, "query ids of the qrels must be strings"),
+        ({"q": {"a": 1}}, {"q": ["a"]}, METRICS, "the run must map query ids to passage ids"),
+        ({"q": {"a": 1}}, None, METRICS, "the run must map query ids to passage ids to numbers, not None"),
     ],
-)
-def test_values_that_are_none(qrels, run, error, message):
-    with pytest.raises(error, match=message):
-        per_query(qrels, run)
+)  # fmt: skip
+def test_what_cannot_be_evaluated_is_named(qrels, run, metrics, message):
+    with pytest.raises(ValueError, match=message):
+        per_query(qrels, run, metrics)
 
 
 # -- tests
@@ -108,27 +142,6 @@ def test_macro_counts_collections_the_same():
     for bad in ({}, {"x": np.array([])}):
         with pytest.raises(ValueError, match="nothing to average over"):
             macro_average(bad)
-
-
-def test_interval_of_a_mean_is_about_the_normal_one():
-    values = np.random.default_rng(0).random(400)
-    mean, low, high = bootstrap_interval(values, 4000)
-    half = 1.96 * values.std() / 20
-    assert mean == pytest.approx(values.mean())
-    assert low == pytest.approx(mean - half, abs=0.003) and high == pytest.approx(mean + half, abs=0.003)
-    assert bootstrap_interval(values, 4000) == (mean, low, high)
-
-
-def test_stratified_interval_has_no_variance_between_collections():
-    # each collection is constant: only the difference between the collections varies
-    assert macro_interval({"a": np.zeros(9), "b": np.ones(9)}) == (0.5, 0.5, 0.5)
-    rng = np.random.default_rng(0)
-    values = {"a": rng.normal(0, 0.1, 200), "b": rng.normal(5, 0.1, 50)}
-    value, low, high = macro_interval(values, 4000)
-    half = 1.96 * math.sqrt(values["a"].var() / 200 + values["b"].var() / 50) / 2
-    assert (value - low, high - value) == (pytest.approx(half, rel=0.1), pytest.approx(half, rel=0.1))
-    single = macro_interval({"a": np.array([1.0]), "b": np.zeros(3)})
-    assert single[0] == 0.5 and math.isnan(single[1])
 
 
 def test_macro_randomization_by_enumeration():
@@ -160,17 +173,72 @@ def test_runs_on_disk(tmp_path):
 
 @pytest.mark.parametrize(
     ("scores", "message"),
-    [({"q 1": {"a": 1.0}}, "'q 1' is empty or has whitespace"), ({"q": {"a\tb": 1.0}}, r"'a\\tb' is empty"), ({"q": {"": 1.0, "b": 0.5}}, "'' is empty")],
+    [
+        ({"q 1": {"a": 1.0}}, "holds no white space, got 'q 1'"), ({"q": {"a\tb": 1.0}}, r"got 'a\\tb'"),
+        ({"q": {"": 1.0, "b": 0.5}}, "not empty .* got ''"), ({"q": {"\ufeffa": 1.0}}, "holds no white space"),
+        ({"q": {"a": math.nan}}, "a finite number"), ({"q": {"a": "1"}}, "a finite number"), ({"q": {3: 1.0}}, "not int"),
+    ],
 )  # fmt: skip
-def test_ids_that_the_format_cannot_hold(tmp_path, scores, message):
+def test_what_the_format_cannot_hold(tmp_path, scores, message):
     with pytest.raises(ValueError, match=message):
         save_run(scores, tmp_path / "r.trec")
+    with pytest.raises(ValueError, match="not empty"):
+        save_run(RUN, tmp_path / "r.trec", tag="two words")
+    with pytest.raises(ValueError, match="holds no white space, got 'a b'"):
+        save_qrels({"q1": {"a b": 1}}, tmp_path / "r.trec")
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("reader", "lines", "message"),
+    [
+        (load_run, b"q Q0 a 1 2 t\n\nq Q0 b 2\n", "r.txt:3: 6 columns .* are needed, got 'q Q0 b 2'"),
+        (load_run, b"q Q0 a 1 high t\n", "r.txt:1: the score must be a finite number, got 'high'"),
+        (load_run, b"q Q0 a 1 nan t\n", "r.txt:1: the score must be a finite number, got 'nan'"),
+        (load_run, b"q Q0 a 1 1e999 t\n", "r.txt:1: the score must be a finite number"),
+        (load_run, b"q Q0 a 1 2 t\nq Q0 a 2 1 t\n", "r.txt:2: query 'q' has passage 'a' twice"),
+        (load_run, "q Q0 a 1 2 t\né Q0 a 2 1 t\n".encode("latin-1"), "r.txt:2: not UTF-8 text"),
+        (load_qrels, b"q 0 a 1\nq 0 a 2\n", "r.txt:2: query 'q' and passage 'a' are judged twice, 1 and 2"),
+        (load_qrels, b"q 0 a 1.0\n", "r.txt:1: the relevance must be an integer"),
+        (load_qrels, b"q\ta\t1\n", "r.txt:1: 4 columns"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, reader, lines, message):
+    (tmp_path / "r.txt").write_bytes(lines)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + "." + message):
+        reader(tmp_path / "r.txt")
+
+
+def test_a_byte_order_mark_and_crlf_change_nothing(tmp_path):
+    (tmp_path / "r").write_bytes(b"\xef\xbb\xbfq Q0 a 1 2.5 t\r\n\r\nq\tQ0  b 2 -1 t\r\n")
+    assert load_run(tmp_path / "r") == {"q": {"a": 2.5, "b": -1.0}}
+    (tmp_path / "q").write_bytes(b"\xef\xbb\xbfq 0 a 1\r\nq 0 a 1\r\nq 0 b -2\r\n")
+    assert load_qrels(tmp_path / "q") == {"q": {"a": 1, "b": -2}}
+
+
+ids = st.text(st.characters(codec="utf-8"), min_size=1, max_size=6)
+
+
+def of_queries(values):
+    return st.dictionaries(ids, st.dictionaries(ids, values, min_size=1, max_size=4), max_size=3)
+
+
+@settings(max_examples=50, derandomize=True, deadline=None)
+@given(run=of_queries(st.floats(width=64)), qrels=of_queries(st.integers(-(10**10), 10**10)))
+def test_what_is_written_is_read_back_or_refused_by_name(tmp_path_factory, run, qrels):
+    path = tmp_path_factory.getbasetemp() / "made.txt"
+    for save, load, made, bound in ((save_run, load_run, run, math.inf), (save_qrels, load_qrels, qrels, 10**9)):
+        names = [*made, *itertools.chain.from_iterable(made.values())]
+        sound = all(name.split() == [name] and "\ufeff" not in name for name in names)
+        sound &= all(abs(value) < bound for row in made.values() for value in row.values())
+        if sound:
+            save(made, path)
+            assert load(path) == made
+        else:
+            with pytest.raises(ValueError, match="must be a string that is not empty|a (finite|whole) number"):
+                save(made, path)
+
+
 def test_qrels_on_disk(tmp_path):
-    save_qrels({"q1": {"a": 1, "b": 0}}, tmp_path / "new" / "qrels.txt")
-    assert (tmp_path / "new" / "qrels.txt").read_text() == "q1 0 a 1\nq1 0 b 0\n"
-    with pytest.raises(ValueError, match="'a b' is empty or has whitespace"):
-        save_qrels({"q1": {"a b": 1}}, tmp_path / "other.txt")
-    assert not (tmp_path / "other.txt").exists()
+    save_qrels({"q1": {"a": 1, "b": 0, "c": -1}}, tmp_path / "new" / "qrels.txt")
+    assert (tmp_path / "new" / "qrels.txt").read_text() == "q1 0 a 1\nq1 0 b 0\nq1 0 c -1\n"

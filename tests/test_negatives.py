@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
@@ -51,3 +53,9 @@ def test_table():
     assert table["negatives_per_query"].item() == 2
     shares = pd.Series({c: table[c].item() for c in table if c.startswith("share_")})
     assert shares.sum() == pytest.approx(1) and shares["share_BM25"] == 0.5
+
+
+def test_a_query_without_a_relevant_passage_has_none():
+    qrels = {"q1": {"gone": 1}, "q2": COLLECTION.qrels["q2"]}
+    made = mine_hard_negatives(replace(COLLECTION, qrels=qrels, missing=["gone"]), RUNS, 2)
+    assert made["query_id"].unique().tolist() == ["q2"] and len(made) == 2

@@ -1,30 +1,33 @@
 from __future__ import annotations
 
-from itertools import combinations, product
+from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import ndcg_score
-from tests.test_study import VALUES, frame, labelled, world  # noqa: F401  (a fixture)
 
 from diffret_lib.experiments import oracle
+from diffret_lib.experiments.comparison import per_query_best
 from diffret_lib.experiments.oracle import (
     GridScores,
     QueryScores,
     Twins,
-    chance_summary,
-    cross_fitted,
     grid_scores,
-    headroom,
     ndcg,
+    oracle_answer,
     oracle_chance,
+    oracle_queries,
     oracle_table,
+    pair_distribution,
     random_twins,
     read_fine_tuned,
+    twin_levels,
 )
 from diffret_lib.report import figures
+from tests.test_comparison import frame, held_out
+from tests.test_study import labelled, world  # noqa: F401  (a fixture)
 
 PAIRS = list(product((1, 2, 4), repeat=2))
 
@@ -50,22 +53,20 @@ def simulated(kind: str, seed: int, queries: int = 30, passages: int = 40) -> Gr
 
 
 def estimates(kind: str, seed: int = 0) -> pd.DataFrame:
-    scores = {"a": simulated(kind, seed), "b": simulated(kind, seed + 1)}
-    twins = random_twins(scores, draws=99, seed=0)
-    table = oracle_chance(pd.DataFrame(), scores, twins, (2, 2), resamples=200, seed=0)
-    assert not table.duplicated(["method", "quantity"]).any()
-    assert set(table["reference"]) == {"best fixed", "selected", ""}
-    over = table[table["reference"] != ""]
-    assert all(row.quantity.endswith(f"over {row.reference}") for row in over.itertuples())
-    kinds = {"raw": ["headroom"], "random twins": ["chance", "beyond chance"]}
-    kinds["split halves"] = ["headroom", "chance", "beyond chance"]
-    assert over.groupby(["method", "reference"])["kind"].agg(list).to_dict() == {
-        (method, name): kinds[method] for method in kinds for name in ("best fixed", "selected")
-    }
-    return table.set_index(["method", "quantity"])
+    twins = random_twins({"a": simulated(kind, seed), "b": simulated(kind, seed + 1)}, draws=99, seed=0)
+    table = oracle_chance(oracle_queries(twins, (2, 2)), twins, ["a", "b"], resamples=300)
+    kinds = {"best fixed": ["headroom", "chance", "beyond chance"], "selected": ["headroom", "chance", "beyond chance"]}
+    assert table.groupby("reference")["kind"].agg(list).to_dict() == kinds and (table["queries"] == 60).all()
+    return table.set_index(["reference", "kind"])
 
 
-# -- nDCG ------------------------------------------------------------------------------------------------------
+def made(values: dict[str, np.ndarray], drawn: dict[str, np.ndarray]) -> Twins:
+    """Twins of two pairs a side, from given values."""
+    ids = {c: [f"q{i}" for i in range(len(v))] for c, v in values.items()}
+    return Twins([(1, 1), (1, 2), (2, 1), (2, 2)], ids, values, drawn)
+
+
+# -- nDCG and scores -------------------------------------------------------------------------------------------
 
 
 def test_ndcg_is_that_of_scikit_learn():
@@ -83,6 +84,7 @@ def test_of_equal_scores_the_first_passage_stands_first():
     scores = np.array([[1, 1, 1], [0, 1, 1], [0, 0, 1.0]])
     np.testing.assert_allclose(ndcg(scores, relevance), [1 / np.log2(4), 1 / np.log2(3), 1])
     np.testing.assert_allclose(ndcg(scores, relevance, depth=1), [0, 0, 1])
+    assert ndcg(scores, np.array([0, -1.0, 0])).tolist() == [0, 0, 0]  # nothing is relevant
 
 
 def test_scores_of_a_study_rank_as_its_grid(world):  # noqa: F811
@@ -112,27 +114,6 @@ def test_passages_that_a_pair_does_not_retrieve_have_its_least_score(world, monk
         assert ((a.scores <= a.scores.min(1, keepdims=True) + 1e-6).sum(1) >= a.scores.shape[1] - 3).all()
 
 
-# -- headroom --------------------------------------------------------------------------------------------------
-
-
-def test_headroom_by_hand():
-    values = np.array(list(VALUES.values()))  # means 0.425, 0.65, 0.675, 0.55
-    np.testing.assert_allclose(headroom(values), [0, 0, 0.2, 0])
-    np.testing.assert_allclose(headroom(values, 3), [0, 0, 0.5, 0.2])
-    both = headroom(np.stack([values, values[:, ::-1]]))
-    np.testing.assert_allclose(both, [[0, 0, 0.2, 0]] * 2)
-
-
-def test_headroom_over_counts_of_the_query_alone():
-    values = np.array(list(VALUES.values()))
-    twins = Twins([(1, 1), (1, 2), (2, 1), (2, 2)], {"c": values}, {"c": np.stack([values, values])})
-    observed, drawn = twins.headrooms((2, 2), k_passage=2)
-    np.testing.assert_allclose(observed["c"], [0, 0, 0.5, 0.2])  # of (1, 2) and (2, 2)
-    assert drawn["c"].shape == (2, 4)
-    assert twins.chance((2, 2), k_passage=2) == {"c": pytest.approx(0.175)}
-    assert twins.chance() == {"c": pytest.approx(0.05)}
-
-
 # -- random twins ----------------------------------------------------------------------------------------------
 
 
@@ -159,174 +140,132 @@ def test_twins_are_reproducible_and_differ():
     scores = {"a": simulated("equal", 0)}
     first, again, other = (random_twins(scores, draws=3, seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.drawn["a"], again.drawn["a"])
-    assert (first.drawn["a"] != other.drawn["a"]).any()
+    assert (first.drawn["a"] != other.drawn["a"]).any() and first.queries["a"][:2] == ["q00", "q01"]
     np.testing.assert_allclose(first.observed["a"], [ndcg(q.scores, q.relevance) for q in scores["a"].queries])
 
 
-@pytest.mark.parametrize("seed", [0, 10])
-def test_of_equal_pairs_the_headroom_is_chance(seed):
-    table = estimates("equal", seed)
-    raw = table["value"]["raw", "headroom over best fixed"]
-    assert raw > 0.15  # there is much of it
-    beyond = table.loc["random twins", "beyond chance over best fixed"]
-    assert abs(beyond["value"]) < 0.15 * raw and beyond["low"] < 0.02 and beyond["p"] > 0.01
-    assert table["value"]["random twins", "chance over best fixed"] == pytest.approx(raw - beyond["value"])
-    halves = table.loc["split halves", "beyond chance over best fixed"]
-    assert halves["value"] < 0.15 * raw and halves["p"] > 0.05
-    for label in ("mean nDCG@10 of a pair", "mean difference of two pairs"):
-        grid, twins = (table["value"]["random twins", f"{label}, {of}"] for of in ("grid", "twins"))
-        assert grid == pytest.approx(twins, abs=0.02)
+def test_values_of_each_query_against_a_loop():
+    rng = np.random.default_rng(0)
+    values, drawn = rng.random((6, 4)), rng.random((5, 6, 4))
+    values[2] = 0.5
+    found = oracle_queries(made({"c": values}, {"c": drawn}), (2, 2), seed=3)
+    best_fixed, of_draws = held_out(values, 3), [held_out(draw, 3) for draw in drawn]
+    for q, row in enumerate(found.itertuples()):
+        assert (row.collection, row.query_id, row.tied) == ("c", f"q{q}", q == 2) and np.isnan(row.fine_tuned)
+        assert (row.oracle, row.selected, row.single) == (max(values[q]), values[q, 3], values[q, 0])
+        assert row.best_fixed == pytest.approx(best_fixed[q])
+        assert row.pairs == pytest.approx(np.mean(values[q])) and row.twins == pytest.approx(np.mean(drawn[:, q]))
+        rooms = [max(draw[q]) - fixed[q] for draw, fixed in zip(drawn, of_draws, strict=True)]
+        assert row.chance == pytest.approx(np.mean(rooms))
+        assert row.chance_selected == pytest.approx(np.mean([max(draw[q]) - draw[q, 3] for draw in drawn]))
+        assert row.chance_kq == pytest.approx(np.mean([max(draw[q, 1], draw[q, 3]) - draw[q, 3] for draw in drawn]))
+    levels, observed = twin_levels(made({"c": values}, {"c": drawn}), ["c"], seed=3)
+    assert levels.mean() == pytest.approx(found["chance"].mean()) and len(levels) == 5
+    assert observed == pytest.approx((found["oracle"] - found["best_fixed"]).mean())
 
 
-def test_p_values_of_equal_pairs_are_not_small_too_often():
-    p = []
+# -- the estimate ----------------------------------------------------------------------------------------------
+
+
+def test_of_equal_pairs_the_headroom_is_chance():
+    """On average; neither p-values nor intervals find more than there is."""
+    found = []
     for seed in range(20):
-        twins = random_twins({"a": simulated("equal", seed, queries=12)}, draws=39, seed=seed)
-        observed, drawn = twins.headrooms()
-        p.append((1 + (drawn["a"].mean(1) >= observed["a"].mean()).sum()) / 40)
-    assert np.mean(np.array(p) <= 0.1) <= 0.25 and np.median(p) > 0.25
+        twins = random_twins({"a": simulated("equal", seed, queries=20)}, draws=39, seed=seed)
+        table = oracle_chance(oracle_queries(twins, (2, 2)), twins, ["a"], resamples=200)
+        room, chance, beyond = table["value"].to_numpy().reshape(2, 3).T
+        np.testing.assert_allclose(chance + beyond, room)
+        found.append([table["value"][0], *table.loc[2, ["value", "p", "low", "high"]]])
+    raw, value, p, low, high = np.array(found, float).T
+    assert raw.min() > 0.15 and abs(value.mean()) < min(0.1 * raw.mean(), 2.5 * value.std() / 20**0.5)
+    assert np.mean(p <= 0.1) <= 0.25 and np.median(p) > 0.25 and max(p) <= 1
+    assert np.mean((low <= 0) & (high >= 0)) >= 0.8
 
 
 def test_a_pair_that_is_better_for_all_queries_is_no_headroom():
-    table = estimates("quality")
-    for method in ("random twins", "split halves"):
-        row = table.loc[method, "beyond chance over best fixed"]
-        assert row["value"] < 0 and row["p"] > 0.5
-    # over a fixed pair that is not the best it is, and that is no interaction
-    assert table["value"]["split halves", "beyond chance over selected"] > 0.05
+    table = estimates("quality")["value"]
+    assert table["best fixed", "beyond chance"] < 0 < table["selected", "headroom"]
 
 
 def test_preferences_of_queries_are_found_beyond_chance():
-    table = estimates("interaction")
-    for method in ("random twins", "split halves"):
-        row = table.loc[method, "beyond chance over best fixed"]
-        assert row["value"] > 0.1 and row["low"] > 0 and row["p"] <= 0.01
-        assert row["low"] <= row["value"] <= row["high"]
-    grid, twins = (table["value"]["random twins", f"mean difference of two pairs, {of}"] for of in ("grid", "twins"))
-    assert grid > twins + 0.02
-    raw = table.loc["raw"]["value"]
-    parts = table["value"]["random twins"]
-    for name in ("best fixed", "selected"):
-        whole = parts[f"chance over {name}"] + parts[f"beyond chance over {name}"]
-        assert whole == pytest.approx(raw[f"headroom over {name}"])
-    halves = table["value"]["split halves"]
-    assert halves["headroom over selected"] == pytest.approx(
-        halves["lost on the other half, over selected"] + halves["beyond chance over selected"]
-    )
-    assert table["queries"]["split halves"].tolist() == [40] * 6 and table["queries"]["raw"].tolist() == [60] * 2
-
-
-def test_difference_of_two_pairs():
-    values = np.random.default_rng(0).normal(size=(4, 7))
-    plain = [np.mean([abs(a - b) for a, b in combinations(row, 2)]) for row in values]
-    np.testing.assert_allclose(oracle._disagreement(values), plain)
-
-
-# -- split halves ----------------------------------------------------------------------------------------------
-
-
-def test_only_queries_with_several_relevant_passages_are_split():
-    grid = simulated("equal", 0)
-    halves = cross_fitted(grid, 0, splits=2)
-    assert list(halves["query_id"]) == [q.query_id for q in grid.queries if q.relevance.sum() > 1]
-
-
-def test_the_choice_of_a_half_by_hand():
-    choosing, scoring = np.array([0.2, 0.8, 0.8, 0.1]), np.array([0.5, 0.4, 0.2, 0.9])
-    assert oracle._choose(choosing, scoring, 0) == pytest.approx((0.6, 0.3 - 0.5))
-    assert oracle._choose(choosing, scoring, 1) == (0, 0)  # the fixed pair is among the best
+    row = estimates("interaction").loc["best fixed", "beyond chance"]
+    assert row["value"] > 0.1 and 0 < row["low"] <= row["value"] <= row["high"]
+    assert row["p"] == pytest.approx(2 / 100)  # no draw of 99 has as much headroom
+    assert row["low_all"] < row["high_all"] and 0 < row["detectable"] < row["value"]
 
 
 def test_without_differences_there_is_nothing_to_find():
-    relevance = np.array([1.0, 1, 0, 0, 0, 0])
-    same = np.tile(np.array([3.0, 0, 2, 1, -1, -2], np.float32), (len(PAIRS), 1))
-    scores = {"c": GridScores(PAIRS, [QueryScores(f"q{i}", same, relevance) for i in range(4)])}
-    twins = random_twins(scores, draws=9)
-    table = oracle_chance(pd.DataFrame(), scores, twins, (1, 1), resamples=50, seed=0).set_index(["method", "quantity"])
-    heads = [i for i in table.index if "over" in i[1]]
-    assert len(heads) == 12 and (table.loc[heads, "value"].abs() < 1e-9).all()
-    assert (table.loc[[i for i in heads if "beyond" in i[1]], "p"] > 0.4).all()
+    values = np.tile(np.array([[0.2], [0.5], [1.0]]), (1, 4))
+    twins = made({"c": values, "d": values}, {"c": np.stack([values] * 9), "d": np.stack([values] * 9)})
+    table = oracle_chance(oracle_queries(twins, (2, 2)), twins, ["c", "d"], resamples=50)
+    assert np.allclose(table[["value", "low", "high"]], 0) and (table["p"] == 1).all()
+    assert "no more than chance" in oracle_answer(table)
 
 
-def test_with_one_relevant_passage_a_query_there_are_no_halves():
-    grid = simulated("equal", 0)
-    scores = {"c": GridScores(PAIRS, [q for q in grid.queries if q.relevance.sum() == 1])}
-    table = oracle_chance(pd.DataFrame(), scores, random_twins(scores, draws=9), (2, 2), resamples=50, seed=0)
-    assert set(table["method"]) == {"raw", "random twins"}
-    text = chance_summary(table, pd.DataFrame({"tied": [0.25, 0.75]}))
-    assert "too few queries with several relevant passages" in text and "For 50% of the queries" in text
+# -- fine-tuning and tables ------------------------------------------------------------------------------------
 
 
-# -- tables ----------------------------------------------------------------------------------------------------
+def tuned(values: list[float], collection: str = "c") -> pd.Series:
+    index = pd.MultiIndex.from_tuples([(collection, f"q{i}") for i in range(len(values))])
+    return pd.Series(values, index)
 
 
-def tuned(values: list[float], collection: str = "c") -> pd.DataFrame:
-    rows = [
-        {"training": "fine-tuned", "system": "DiffRetriever multi", "k_query": 2, "k_passage": 2, "collection": collection,
-         "query_id": f"q{i + 1}", "mode": mode, "metric": "ndcg@10", "value": v + (mode == "dense")}
-        for i, v in enumerate(values) for mode in ("dense", "hybrid")
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def test_oracle_table_with_fine_tuning_and_chance():
-    grid = pd.concat([frame(VALUES), frame({"q1": (0, 0, 0, 1)}, "d")])
-    table = oracle_table(grid, (2, 2), fine_tuned=tuned([0.9, 1, 0.5, 0.4]), chance={"c": 0.02}).set_index("collection")
-    assert table["fine_tuned"]["c"] == pytest.approx(0.7) and np.isnan(table["fine_tuned"]["d"])
-    assert table["beyond_chance"]["c"] == pytest.approx(0.03) and np.isnan(table["beyond_chance"]["d"])
-    plain = oracle_table(grid, (2, 2))
-    assert list(plain) == [
-        "collection", "coverage", "queries", "single", "selected", "fine_tuned", "best_fixed_pair", "best_fixed", "oracle",
-        "headroom", "chance", "beyond_chance", "tied",
-    ]  # fmt: skip
-    assert plain[["fine_tuned", "chance", "beyond_chance"]].isna().all().all()
+def test_fine_tuning_and_the_collections_that_are_asked_for():
+    rng = np.random.default_rng(0)
+    values, drawn = {c: rng.random((3, 4)) for c in "cd"}, {c: rng.random((7, 3, 4)) for c in "cd"}
+    twins = made(values, drawn)
+    queries = oracle_queries(twins, (2, 2), fine_tuned=tuned([0.9, 1, 0.5]))
+    assert queries["fine_tuned"].tolist()[:3] == [0.9, 1, 0.5] and queries["fine_tuned"][3:].isna().all()
+    table = oracle_chance(queries, twins, ["c"], resamples=50).set_index(["reference", "kind"])
+    room = values["c"].max(1).mean() - 0.8
+    assert table["value"]["fine-tuning", "headroom"] == pytest.approx(room)
+    chance = np.mean(drawn["c"].max(-1) - drawn["c"][..., 3])
+    assert table["value"]["fine-tuning", "beyond chance"] == pytest.approx(room - chance)
+    assert (table["queries"] == 3).all() and (table["collections"] == 1).all()
     with pytest.raises(ValueError, match="on c are not of the grid's queries: run notebook 04"):
-        oracle_table(grid, (2, 2), fine_tuned=tuned([0.9, 1, 0.5]))
+        oracle_queries(twins, (2, 2), fine_tuned=tuned([0.9, 1]))
 
 
-def test_headroom_over_fine_tuning():
-    values = np.array(list(VALUES.values()))
-    queries = [QueryScores(f"q{i + 1}", np.zeros((4, 3), np.float32), np.array([1.0, 0, 0])) for i in range(4)]
-    pairs = [(1, 1), (1, 2), (2, 1), (2, 2)]
-    twins = Twins(pairs, {"c": values}, {"c": values[None]})
-    scores, values = {"c": GridScores(pairs, queries)}, tuned([0.9, 1, 0.5, 0.4])
-    table = oracle_chance(frame(VALUES), scores, twins, (2, 2), resamples=50, seed=0, fine_tuned=values)
-    row = table.set_index("quantity").loc["headroom over fine-tuning"]
-    assert row["method"] == "raw" and row["queries"] == 4
-    assert row["reference"] == "fine-tuning" and row["kind"] == "headroom"
-    assert row["value"] == pytest.approx(np.mean([-0.1, 0, 0.1, 0.1]))
-    assert row["p"] == pytest.approx(1.0)  # every flip of three equal signs is as extreme
-    assert "over fine-tuning (p = 1), chance included" in chance_summary(table, pd.DataFrame({"tied": [0]}))
+def test_oracle_table():
+    values = {"c": np.array([[0.5, 0.8], [0.2, 0.6], [0.0, 0.5], [0.1, 0.1]]).repeat(2, 1)}
+    queries = oracle_queries(made(values, {"c": values["c"][None] * 0}), (2, 2), fine_tuned=tuned([0.9, 1, 0.5, 0.4]))
+    row = oracle_table(queries, resamples=200).iloc[0]
+    names = ["single", "selected", "fine_tuned", "best_fixed", "oracle", "headroom", "chance", "tied"]
+    np.testing.assert_allclose(row[names].astype(float), [0.2, 0.5, 0.7, 0.5, 0.5, 0, 0, 0.25], atol=1e-9)
+    assert row["collection"] == "c" and row["queries"] == 4 and row["oracle_low"] < 0.5 < row["oracle_high"]
 
 
 def test_fine_tuned_values_of_the_evaluation(tmp_path):
     path = tmp_path / "per_query.csv"
     assert read_fine_tuned(path, (2, 2)) is None
-    rows = tuned([0.1, 0.2])
-    rows["query_id"] = rows["query_id"].str.removeprefix("q").str.zfill(3)
-    others = [rows.assign(training="zero-shot"), rows.assign(system="DiffEmbed", k_query=np.nan)]
+    rows = pd.DataFrame({"collection": "c", "query_id": ["001", "002"], "value": [0.1, 0.2], "metric": "ndcg@10",
+                         "system": "DiffRetriever multi", "training": "fine-tuned", "mode": "hybrid", "k_query": 2,
+                         "k_passage": 2})  # fmt: skip
+    others = [rows.assign(**{c: v}) for c, v in (("training", "zero-shot"), ("system", "DiffEmbed"), ("mode", "dense"))]
     pd.concat([rows, *others]).to_csv(path, index=False)
     found = read_fine_tuned(path, (2, 2))
-    assert len(found) == 4 and set(found["query_id"]) == {"001", "002"} and set(found["training"]) == {"fine-tuned"}
-    assert read_fine_tuned(path, (4, 2)) is None
+    assert found.to_dict() == {("c", "001"): 0.1, ("c", "002"): 0.2} and read_fine_tuned(path, (4, 2)) is None
 
 
-# -- figures ---------------------------------------------------------------------------------------------------
+def test_distribution_of_the_best_pairs():
+    values = {"q1": (0.5, 0.8, 0.8, 0.8), "q2": (1.0, 1.0, 1.0, 1.0), "q3": (0.2, 0.6, 0.4, 0.1), "q4": (0, 0, 1, 0)}
+    shares = pair_distribution(per_query_best(frame(values)), [1, 2])
+    np.testing.assert_allclose(shares.to_numpy(), [[0, 200 / 3], [100 / 3, 0]])  # q2, on which all tie, does not count
+    nothing = pair_distribution(per_query_best(frame({"q": (1, 1, 1, 1)})), [1, 2])
+    assert nothing.to_numpy().tolist() == [[0, 0], [0, 0]]
 
 
-def test_figures():
-    table = oracle_table(frame(VALUES), (2, 2), fine_tuned=tuned([0.9, 1, 0.5, 0.4]), chance={"c": 0.02})
-    fig = figures.oracle(table)
-    assert sum(len(bars) for bars in fig.axes[0].containers) == 5
-    (line,) = fig.axes[0].collections[0].get_segments()
-    assert line[:, 1] == pytest.approx([0.695, 0.695])  # best fixed 0.675, and chance
-    labelled(fig)
-    fig = figures.oracle_chance(estimates("interaction").reset_index())
-    names = [t.get_text() for t in fig.axes[0].get_yticklabels()]
-    assert names == [
-        "raw: headroom (60 queries)", "random twins: chance (60 queries)", "random twins: beyond chance (60 queries)",
-        "split halves: headroom (40 queries)", "split halves: chance (40 queries)",
-        "split halves: beyond chance (40 queries)",
-    ]  # fmt: skip
-    labelled(fig)
+def test_from_a_study_to_the_figures(world):  # noqa: F811
+    s, _ = world
+    twins = random_twins({c.name: grid_scores(s, c) for c in s.test_collections}, draws=9)
+    queries = oracle_queries(twins, s.selected)
+    best = per_query_best(s.test_grid).groupby("collection")["value"].mean()
+    table = oracle_table(queries, resamples=50)
+    np.testing.assert_allclose(table["oracle"], best[table["collection"]])
+    labelled(figures.oracle(table))
+    chance = oracle_chance(queries, twins, s.out_of_domain, resamples=50)
+    labelled(figures.oracle_chance(chance))
+    labelled(figures.chance_levels(*twin_levels(twins, s.out_of_domain)))
+    beyond, text = chance.loc[2], oracle_answer(chance)
+    assert f"**{beyond['value']:+.3f}** [{beyond['low']:+.3f}, {beyond['high']:+.3f}]" in text and "nan" not in text
     plt.close("all")

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.tiny import SPECIAL, tiny_tokenizer
 
 from diffret_lib.models.prompts import ContentTokens, RetrievalPrompt, content_words, encode_plain
+from tests.tiny import SPECIAL, tiny_tokenizer
 
 SYSTEM = "<|im_start|>system\nYou are an AI assistant that can understand human language.<|im_end|>\n"
 PROMPTS = {

@@ -2,19 +2,17 @@ from __future__ import annotations
 
 import ast
 import json
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
-from tests.tiny import tiny_backbone
 
-from diffret_lib.config import load_profile
+from diffret_lib.config import CHECKOUT, load_profile
 from diffret_lib.data.collection import Collection
 from diffret_lib.experiments.reading import (
+    Explorer,
     alignment,
-    explain,
     mask_words,
     mask_words_table,
     mean_self_similarity,
@@ -22,20 +20,25 @@ from diffret_lib.experiments.reading import (
     reading_table,
     self_similarity_table,
     share_of_content,
+    top_tokens,
 )
 from diffret_lib.experiments.study import Study
 from diffret_lib.report import figures
+from diffret_lib.retrieval.metrics import per_query
 from diffret_lib.retrieval.representations import Representations
 from diffret_lib.retrieval.search import maxsim_search
-from diffret_lib.retrieval.systems import DiffRetriever, PromptReps
+from diffret_lib.retrieval.systems import BM25, DiffRetriever, PromptReps
+from tests.tiny import tiny_backbone
 
 TEXTS = ["A heap is a binary tree.", "Return a sorted copy of an array.", "Compute the eigenvalues.", "Tea is a drink."]
-COLLECTION = Collection.from_texts("mine", list("abcd"), TEXTS, ["q"], ["heap"], {"q": {"a": 1}})
-NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "90_explore.ipynb"
+QUERIES = ["eigenvalues of tea", "heap"]
+JUDGED = {"q": {"a": 1}, "p": {"c": 1, "d": 2, "b": 0}}
+COLLECTION = Collection.from_texts("mine", list("abcd"), TEXTS, ["p", "q"], QUERIES, JUDGED)
+NOTEBOOK = CHECKOUT / "notebooks" / "90_explore.ipynb"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("tiny")
 
 
@@ -46,7 +49,7 @@ def retriever(folder) -> DiffRetriever:
 
 @pytest.mark.parametrize("system", ["diffusion", "autoregressive"])
 def test_alignment_adds_up_to_maxsim(folder, retriever, system):
-    r = retriever if system == "diffusion" else PromptReps(tiny_backbone(folder, system), max_new_tokens=3)
+    r = retriever if system == "diffusion" else PromptReps(tiny_backbone(folder, system), max_vectors=4)
     query = "priority queue"
     queries, passages = r.encode_queries([query], progress=False), r.encode_passages(TEXTS, progress=False)
     scores, indices = maxsim_search(queries, passages, len(TEXTS))
@@ -70,33 +73,6 @@ def test_rows_and_columns_are_named_by_position_and_word(retriever):
     assert all(name.isprintable() for name in [*products.index, *products.columns])
 
 
-def test_explained_ranking_is_the_search(retriever):
-    encoded = retriever.encode_passages(TEXTS, progress=False)
-    for mode in ("dense", "hybrid"):
-        table = explain(retriever, COLLECTION, encoded, "sorted array", 3, mode)
-        assert list(table) == ["rank", "score", "passage_id", "words", "text"]
-        queries = retriever.encode_queries(["sorted array"], progress=False)
-        run = retriever.search(queries, encoded, mode, 3, ["x"], list("abcd"))
-        assert dict(zip(table["passage_id"], table["score"], strict=True)) == dict(run.run["x"])
-        assert table["rank"].tolist() == [1, 2, 3] and (table["score"].diff().dropna() < 0).all()
-        assert [TEXTS["abcd".index(i)] for i in table["passage_id"]] == table["text"].tolist()
-    dense = explain(retriever, COLLECTION, encoded, "sorted array", 1)
-    top = alignment(retriever, "sorted array", dense["text"][0])
-    assert dense["score"][0] == pytest.approx(top.max(axis=1).clip(lower=0).sum(), abs=1e-5)
-
-
-def test_any_query_text_is_taken(retriever):
-    encoded = retriever.encode_passages(TEXTS, progress=False)
-    for query in ("", "  ", "$x^2$ <|im_end|> 日本"):
-        assert len(explain(retriever, COLLECTION, encoded, query, 2)) == 2
-    assert explain(retriever, COLLECTION, encoded, "is the", 5, "sparse").empty  # stop words alone
-
-
-def test_passages_of_another_collection(retriever):
-    with pytest.raises(ValueError, match="2 encodings for 4 passages of mine"):
-        explain(retriever, COLLECTION, retriever.encode_passages(TEXTS[:2], progress=False), "heap", 2)
-
-
 @pytest.fixture
 def study(folder, tmp_path, monkeypatch) -> Study:
     monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
@@ -108,17 +84,79 @@ def study(folder, tmp_path, monkeypatch) -> Study:
     return Study(load_profile("smoke"))
 
 
+@pytest.fixture
+def explorer(study) -> Explorer:
+    return Explorer(study, COLLECTION, "DiffRetriever", (4, 1))
+
+
+@pytest.mark.parametrize("system", ["DiffRetriever", "PromptReps"])
+def test_what_is_found_is_the_search(study, system):
+    looked = Explorer(study, COLLECTION, system, (4, 1))
+    for mode in ("dense", "hybrid"):
+        table = looked.found("sorted array", mode, 3)
+        assert list(table) == ["rank", "score", "BM25", "passage_id", "words", "text"]
+        queries = looked.retriever.encode_queries(["sorted array"], progress=False)
+        run = looked.retriever.search(queries, looked.passages, mode, 3, ["x"], list("abcd")).run["x"]
+        assert list(table["passage_id"]) == list(run) and table["rank"].tolist() == [1, 2, 3]
+        np.testing.assert_allclose(table["score"], list(run.values()), rtol=1e-6)
+        assert [TEXTS["abcd".index(i)] for i in table["passage_id"]] == table["text"].tolist()
+        # only b shares a word with the query
+        assert dict(zip(table["passage_id"], table["BM25"])) == {
+            i: "1" if i == "b" else "-" for i in table["passage_id"]
+        }
+    dense = looked.found("sorted array", top_k=1)
+    top = alignment(looked.retriever, "sorted array", dense["text"][0])
+    assert dense["score"][0] == pytest.approx(top.max(axis=1).clip(lower=0).sum(), abs=1e-5)
+
+
+def test_any_query_text_is_taken(explorer):
+    for query in ("", "  ", "$x^2$ <|im_end|> 日本"):
+        assert len(explorer.found(query, top_k=2)) == 2
+    assert explorer.found("is the", "sparse").empty  # stop words alone
+    with pytest.raises(ValueError, match="the system must be 'DiffRetriever' or 'PromptReps', not 'BM25'"):
+        Explorer(explorer.study, COLLECTION, "BM25", (1, 1))
+
+
+def test_judged_queries_and_their_ranks(explorer):
+    table = explorer.judged("dense").set_index("query")
+    assert set(table.index) == set(QUERIES)
+    lexical = BM25()
+    passages = lexical.encode_passages(TEXTS)
+    run = lexical.search(lexical.encode_queries(QUERIES), passages, "sparse", 4, ["p", "q"], list("abcd"))
+    expected = per_query(JUDGED, run, ["ndcg@10"])["ndcg@10"]
+    assert table.loc[QUERIES, "BM25: ndcg@10"].tolist() == pytest.approx(list(expected))
+    assert table.loc["heap", "BM25: ranks"] == "1" and table.loc[QUERIES[0], "BM25: ranks"] == "1, 2"
+    places = explorer.found("heap", "dense", 4).set_index("passage_id")["rank"]
+    assert table.loc["heap", "DiffRetriever: ranks"] == str(places["a"])
+    behind = table["DiffRetriever: ndcg@10"] - table["BM25: ndcg@10"]
+    assert behind.is_monotonic_increasing
+    assert explorer.judged("sparse").set_index("query").loc[QUERIES[0], "DiffRetriever: ranks"].count(",") == 1
+
+
+def test_top_tokens_begin_with_the_greedy_one(study):
+    for system in (study.diffretriever(4, 4), study.promptreps(3)):
+        table = top_tokens(system, TEXTS[0], "passage", 5)
+        assert list(table) == list("12345") and table.index.tolist() == list(range(1, 1 + len(table)))
+        words = [name.split(" ", 1)[1] for name in mask_words(system, [TEXTS[0]], "passage")[0]]
+        assert table["1"].tolist() == words and all(row.nunique() > 1 for _, row in table.iterrows())
+
+
 def test_tables_of_words(study):
     texts = TEXTS[:2]
     words, shares = mask_words_table(study, texts)
-    assert len(words) == 2 and list(shares["reading"]) == ["one mask", "four masks", "parent, next token", "parent, decoded"]
+    assert len(words) == 2 and list(shares["reading"]) == [
+        "one mask",
+        "four masks",
+        "parent, next token",
+        "parent, decoded",
+    ]
     assert shares[["content", "in_text"]].stack().between(0, 1).all()
     assert list(reading_table(study, texts, "query")) == [
         "text", "DiffRetriever K=1", "DiffRetriever K=4", "PromptReps single", "PromptReps multi (N=2)"
     ]  # fmt: skip
     tokens = predicted_tokens(study.diffretriever(4, 4), texts)
     assert all(1 <= len(row) <= 4 for row in tokens)
-    assert [len(r) for r in predicted_tokens(study.promptreps(0), texts)] == [1, 1]
+    assert [len(r) for r in predicted_tokens(study.promptreps(), texts)] == [1, 1]
 
 
 def test_share_of_content():
@@ -135,11 +173,11 @@ def test_mean_self_similarity(study):
     assert mean_self_similarity(Representations(dense, np.array([3, 2, 1]))) == pytest.approx(0.5)
     assert np.isnan(mean_self_similarity(Representations(dense[2:], np.array([1]))))
     table = self_similarity_table(study, COLLECTION)
-    assert table["system"].tolist() == ["DiffRetriever", "PromptReps multi"] and table["vectors"].tolist() == [4, 3]
+    assert table["system"].tolist() == ["DiffRetriever", "PromptReps multi"] and table["vectors"].tolist() == [4, 2]
     assert table["cosine"].between(-1, 1).all() and table["vectors used"].between(1, 4).all()
 
 
-def test_figure_marks_the_row_maxima(retriever):
+def test_figure_marks_the_row_maxima_of_centred_rows(retriever):
     products = alignment(retriever, "heap", TEXTS[1])
     names = list(products.columns)
     names[0] = "1 $a_"  # is no mathematics
@@ -147,15 +185,16 @@ def test_figure_marks_the_row_maxima(retriever):
     fig = figures.alignment(products, "a $ in the title")
     frames = [(int(p.get_x()), int(p.get_y())) for p in fig.axes[0].patches]
     assert frames == [(int(np.argmax(row)), i) for i, row in enumerate(products.to_numpy())]
+    shown = fig.axes[0].collections[0].get_array().reshape(products.shape)
+    np.testing.assert_allclose(shown, products.to_numpy() - products.to_numpy().mean(1, keepdims=True), atol=1e-6)
     score = np.clip(products.to_numpy().max(1), 0, None).sum()
     assert f"MaxSim {score:.3f}" in fig.axes[0].get_title()
     fig.canvas.draw()
-    assert fig.axes[0].get_xlabel() and fig.axes[0].get_ylabel()
     plt.close(fig)
 
 
 def test_notebook_runs_and_reacts(folder, tmp_path, monkeypatch):
-    """The notebook's cells, on a tiny backbone and a tiny collection: from top to bottom, then a text is typed."""
+    """The notebook's cells, on a tiny backbone and a tiny collection: from top to bottom, then something is chosen."""
     monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("diffret_lib.experiments.study.load_backbone", lambda name, *, dtype: tiny_backbone(folder))
     beir = tmp_path / "mine"
@@ -164,7 +203,13 @@ def test_notebook_runs_and_reacts(folder, tmp_path, monkeypatch):
     (beir / "corpus.jsonl").write_text("".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in corpus))
     (beir / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "heap"}) + "\n")
     (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t1\n")
-    given = {"profile": "smoke", "collection": str(beir), "results_root": str(tmp_path), "query": "heap", "sample": 4}
+    given = {
+        "profile": "smoke",
+        "collection": str(beir),
+        "results_root": str(tmp_path),
+        "query": "tree",
+        "pair": (4, 4),
+    }
     space: dict = {"__name__": "__main__"}
     shown: list = []
     monkeypatch.setattr("IPython.display.display", lambda *objects, **_: shown.extend(objects))
@@ -175,8 +220,14 @@ def test_notebook_runs_and_reacts(folder, tmp_path, monkeypatch):
         if "parameters" in cell.metadata.get("tags", []):
             assert set(given) <= set(space)
             space.update(given)
-    before = len(shown)
-    space["text"].value = "sorted array"
-    assert len(shown) > before
-    assert "sorted array" in str([getattr(o, "data", o) for o in shown[before:]])
+    assert space["status"].value == ""
+    working = []
+    space["status"].observe(lambda change: working.append(change["new"]), "value")
+    for control, value in (("query", "sorted array"), ("k_query", 1), ("mode", "hybrid")):
+        before = len(shown)
+        space["controls"][control].value = value
+        assert "sorted array" in str([getattr(o, "data", o) for o in shown[before:]])
+    assert [bool(text) for text in working] == [True, False] * 3 and "DiffRetriever (1, 4)" in working[2]
+    space["judged"].value = "heap"
+    assert space["controls"]["query"].value == "heap"
     plt.close("all")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,14 @@ from diffret_lib.cache import StorageError
 from diffret_lib.config import CHECKOUT, load_profile
 from diffret_lib.environment import hardware, versions
 from diffret_lib.report import results as module
-from diffret_lib.report.results import Results, default_root, set_style
+from diffret_lib.report.results import (
+    Results,
+    default_root,
+    paper_against_ours,
+    readable,
+    set_style,
+    telling_collections,
+)
 
 
 @pytest.fixture
@@ -76,12 +84,92 @@ def test_markdown(results):
     assert rows[3] == ["a\0b & 50%_<i>", "", "0.123", "16", "two lines"]
 
 
+def test_intervals_marks_and_p():
+    frame = pd.DataFrame({
+        "difference": [0.5, 0.25, np.nan], "mark": ["†", "", ""], "low": [0.41, -0.1, np.nan],
+        "high": [10.6, 0.6, np.nan], "low_all": [0.1, -0.2, np.nan], "high_all": [0.9, 0.7, np.nan],
+        "p": [0.0002, 0.2, np.nan], "p_corrected": [0.0004, 0.4, np.nan], "ratio": [12.0, 1.5, np.nan],
+        "ratio_low": [11.0] * 3, "ratio_high": [13.0] * 3, "size_kb": [10000.0, 197.234, np.nan],
+        "fingerprint": ["ab" * 32] * 3, "note": [""] * 3,
+    })  # fmt: skip
+    shown = readable(frame)
+    assert shown["difference"].tolist() == ["0.500† [0.410, 10.600]*", "0.250 [-0.100, 0.600]", ""]
+    assert shown["interval over collections too"].tolist() == ["[0.100, 0.900]", "[-0.200, 0.700]", ""]
+    assert shown["p"].tolist() == ["< .001", ".200", ""] and shown["p corrected"].tolist() == ["< .001", ".400", ""]
+    assert shown["ratio"].tolist()[:2] == ["12.0 [11.0, 13.0]", "1.5 [11.0, 13.0]"]
+    assert shown["size kb"].tolist() == ["10000", "197", ""] and shown["fingerprint"][0] == "ab" * 6
+    assert "note" not in shown and "low" not in shown
+    assert readable(frame, {"difference": ".1f"})["difference"][0] == "0.5† [0.4, 10.6]*"
+
+
+def wide() -> pd.DataFrame:
+    rows = [("zero-shot", "X single", "dense", 0.5, 0.4, 0.6), ("zero-shot", "X multi", "dense", 0.625, 0.5, 0.75),
+            ("fine-tuned", "X multi", "dense", 0.75, 0.9, 0.6)]  # fmt: skip
+    return pd.DataFrame(rows, columns=["training", "system", "mode", "macro", "one", "two"])[
+        ["training", "system", "mode", "one", "two", "macro"]
+    ]
+
+
+def test_effectiveness(results):
+    intervals = wide()[["training", "system", "mode"]].assign(value=0.5, low=0.25, high=0.875)[::-1]
+    pairs = [("X multi", "X single"), ("X multi, fine-tuned", "X multi"), ("X single", "X multi")]
+    comparisons = pd.DataFrame(pairs, columns=["better", "than"]).assign(
+        mode="dense", reading=["better", "better", "worse"]
+    )
+    results.effectiveness(wide(), "e", "nDCG@10.", intervals, comparisons)
+    saved = pd.read_csv(results.tables / "e.csv")
+    assert list(saved) == ["training", "system", "mode", "macro", "low", "high", "one", "two"]
+    lines = (results.tables / "e.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert rows[0] == ["system", "macro", "one", "two"] and "(corrected p < 0.05)" in lines[0]
+    assert rows[2] == ["X single (dense)", "0.500 [0.250, 0.875]", "0.400", "0.600"]
+    assert rows[3] == ["X multi (dense)", "0.625* [0.250, 0.875]", "0.500", "**0.750**"]
+    assert rows[4] == ["X multi, fine-tuned (dense)", "**0.750† [0.250, 0.875]**", "**0.900**", "0.600"]
+    assert "font-weight: bold" in results.effectiveness(wide(), "plain", "").html
+    assert telling_collections("recall@100", {"small": 100, "large": 101}) == ["large"]
+    assert telling_collections("ndcg@10", {"small": 100, "large": 101}) == ["small", "large"]
+
+
+def test_paper_against_ours():
+    columns = "claim comparison direction statistic bound value low high queries counts verdict".split()
+    rows = [
+        (1, "a − b", "greater", "macro difference", 0.0, 0.5, 0.25, 0.75, 240, True, "supported"),
+        (3, "c − d", "no gain", "macro difference", 0.02, -0.1, -0.2, 0.01, 240, True, "supported"),
+        (4, "e", "about", "ratio of latencies", 15.0, 0.5, 0.25, 0.75, 0, True, "contradicted"),
+        (4, "f", "at most", "ratio of latencies", 1.25, 2.5, 2.25, 2.75, 0, False, "contradicted"),
+    ]
+    table = paper_against_ours(pd.DataFrame(rows, columns=columns))
+    assert table["paper"].tolist() == ["better", "no reliable gain", "15 times"]
+    assert table["ours"].tolist() == ["more", "not clear", "less"]
+    assert table["scale"].tolist() == ["macro difference, 240 queries"] * 2 + ["ratio of latencies"]
+
+
 def test_latex(results):
     results.table(FRAME, "t", caption="50% of_it")
     text = (results.tables / "t.tex").read_text(encoding="utf-8")
-    for part in (r"\toprule", r"\bottomrule", r"\caption{50\% of\_it}", r"\label{tab:t}", "{lrrrl}",
-                 r"a|b \& 50\%\_<i> &  & 0.123 & 16 & two lines \\"):  # fmt: skip
+    row = r"a\textbar{}b \& 50\%\_\allowbreak{}\textless{}i\textgreater{} &  & 0.123 & 16 & two lines \\"
+    for part in (r"\toprule", r"\bottomrule", r"\label{tab:t}", r"\begin{table}[tbp]", "{k}", "table-format=-1.3", row):
         assert part in text
+    results.table(pd.concat([FRAME] * 31), "t")
+    assert not (results.tables / "t.tex").exists()  # nobody prints so many rows
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="there is no pdfLaTeX on this machine")
+def test_latex_compiles_as_it_is(results, tmp_path):
+    words = ["− ␣ · × † ≥ “日本” é & % $x_1$ \\ ~^{}#", "tables/per_query.csv, " * 20, "plain"]
+    numbers = {"value": [0.5, -1.25, np.nan], "low": [0.25, -2, np.nan], "high": 1.0, "p": [0.0001, 0.5, np.nan]}
+    many = {f"column {i}": [0.125] * 3 for i in range(16)}
+    hard = pd.DataFrame({"words_and_signs": words} | numbers | {"number": [1, 20, 300]} | many)
+    results.table(hard, "hard", caption="100 % − “hard” & more", bold=hard == 0.125)
+    results.effectiveness(wide(), "e", "nDCG@10")
+    packages = (results.tables / "hard.tex").read_text(encoding="utf-8").splitlines()[0].removeprefix("% ")
+    body = "\n".join(rf"\input{{{results.tables / name}}}" for name in ("hard", "e"))
+    parts = "\\documentclass[twocolumn]{article}", packages, "\\begin{document}", body, "\\end{document}"
+    document = "\n".join(parts)
+    (tmp_path / "paper.tex").write_text(document, encoding="utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0 and (tmp_path / "paper.pdf").stat().st_size > 10_000, done.stdout[-3000:]
 
 
 def test_what_a_notebook_shows(results):

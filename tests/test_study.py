@@ -1,3 +1,5 @@
+"""The study: its collections and pools, systems, rankings and grids, the departures, and what a run is checked for."""
+
 from __future__ import annotations
 
 import json
@@ -15,44 +17,31 @@ import pandas as pd
 import pytest
 import ranx
 from safetensors.numpy import save_file
-from statsmodels.stats.multitest import multipletests
-from tests.tiny import tiny_backbone
 
 from diffret_lib.addresses import SourceTree
-from diffret_lib.config import ProfileError, load_profile
+from diffret_lib.config import Profile, ProfileError, load_profile
 from diffret_lib.data.collection import Collection
-from diffret_lib.experiments import comparison, study
-from diffret_lib.experiments.comparison import (
-    COMPARISONS,
-    compare_systems,
-    comparison_name,
-    evaluation_table,
-    evaluation_wide,
-    heat_map,
-    logged_retrieval,
-    per_query_best,
-    stage_retrieval,
-    system_intervals,
-    transfer,
-)
-from diffret_lib.experiments.oracle import oracle_table, pair_distribution
-from diffret_lib.experiments.reading import read_out_table
-from diffret_lib.experiments.study import SYSTEMS, Study, macro, select_pair
-from diffret_lib.report import figures
+from diffret_lib.experiments import departures, study
+from diffret_lib.experiments.study import REPEATED, SYSTEMS, CutBM25, Study, System, hard_passages, macro, select_pair
+from diffret_lib.models.backbones import load_backbone
 from diffret_lib.retrieval import systems
 from diffret_lib.retrieval.metrics import METRICS, per_query
-from diffret_lib.retrieval.search import MODES
+from diffret_lib.retrieval.search import MODES, RANK_MODES
+from diffret_lib.retrieval.systems import BM25
+from scripts import plan as planning
+from scripts.plan import check, plan
+from tests.tiny import tiny_folder, tiny_spec
 
 WORDS = ["heap", "tree", "array", "axis", "sorted copy", "eigenvalues", "square", "parent", "children", "queue"]
 
 
-def beir(folder, name: str, seed: int) -> str:
-    """A BEIR folder: 8 passages of random words, 5 queries out of one of them each."""
+def beir(folder, name: str, seed: int, passages: int = 8) -> str:
+    """A BEIR folder: passages of random words, 5 queries out of one of them each."""
     rng, root = np.random.default_rng(seed), folder / name
-    passages = [" ".join(rng.choice(WORDS, 6)) + f" {i}." for i in range(8)]
+    texts = [" ".join(rng.choice(WORDS, 6)) + f" {i}." for i in range(passages)]
     (root / "qrels").mkdir(parents=True)
-    rows = [{"_id": f"p{i}", "text": text} for i, text in enumerate(passages)]
-    queries = [{"_id": f"q{i}", "text": " ".join(passages[i].split()[:2])} for i in range(5)]
+    rows = [{"_id": f"p{i}", "text": text} for i, text in enumerate(texts)]
+    queries = [{"_id": f"q{i}", "text": " ".join(texts[i].split()[:2])} for i in range(5)]
     for file, lines in (("corpus", rows), ("queries", queries)):
         (root / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     judged = [f"q{i}\tp{j}\t1" for i in range(5) for j in (i, i + 1)]
@@ -62,21 +51,27 @@ def beir(folder, name: str, seed: int) -> str:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A study on tiny backbones and three tiny collections, its cache apart."""
+    """A study on tiny backbones and three tiny collections, its cache apart; and the names of loaded backbones."""
     root = tmp_path_factory.mktemp("study")
     patch = pytest.MonkeyPatch()
     patch.setenv("DIFFRET_CACHE", str(root / "cache"))
-    paths = {name: beir(root, name, i) for i, name in enumerate(("mine-train", "mine-test", "other"))}
-    profile = load_profile("smoke")
-    profile = profile.model_validate(
-        profile.model_dump()
+    paths = {name: beir(root, name, i) for i, name in enumerate(("mine-train", "mine-test", "other", "dev"))}
+    content = load_profile("smoke").model_dump()
+    content["backbones"]["text_only"] = "tiny-text"
+    content["adaptation"]["zero_shot"]["collection"] = content["training"]["development"]["collection"] = paths["dev"]
+    content["training"] |= {"collections": [whole(paths["mine-train"])], "seeds": 2}
+    content["efficiency"]["counts"] = [1, 2]
+    profile = Profile.model_validate(
+        content
         | {
             "train_collection": paths["mine-train"],
             "test_collections": [paths["mine-test"], paths["other"]],
             "k_grid": [1, 2],
-            "promptreps_max_tokens": 2,
-            "sample": {"queries": 4, "passages": 8},
+            "shared_text_grid": False,
+            "promptreps_vectors": 3,
+            "sample": {"queries": 4, "passages": 8, "hard": 1},
             "train_sample": {"queries": None, "passages": None},
+            "departures": {"queries": 3, "passages": 7, "hard": 1},
             "bootstrap_resamples": 50,
         }
     )
@@ -84,15 +79,29 @@ def world(tmp_path_factory):
 
     def load(name, *, dtype):
         loaded.append(name)
-        return tiny_backbone(root / "tiny", "diffusion" if name == profile.backbones.diffusion else "autoregressive")
+        family = "autoregressive" if name.endswith("instruct") else "diffusion"
+        folder = root / ("text" if name == "tiny-text" else "tiny")
+        if not folder.exists():
+            tiny_folder(folder, seed=int(name == "tiny-text"))
+        return load_backbone(tiny_spec(folder, family), dtype=dtype, device="cpu")
 
     patch.setattr(study, "load_backbone", load)
     yield Study(profile), loaded
     patch.undo()
 
 
+def whole(path: str) -> dict:
+    return {"collection": path, "queries": None, "passages": None}
+
+
+def changed(s: Study, **values) -> Study:
+    """The study with other values of the profile, its backbones kept."""
+    return Study(Profile.model_validate(s.profile.model_dump() | values), s._backbones)
+
+
 @pytest.fixture(scope="module")
 def evaluated(world) -> pd.DataFrame:
+    """Zero-shot values of all systems on both test collections."""
     s, _ = world
     systems = s.systems((2, 2))
     return pd.concat([s.evaluate(system, s.test_collections) for system in systems], ignore_index=True)
@@ -111,7 +120,19 @@ def count_forwards(monkeypatch) -> list[int]:
     return calls
 
 
-# -- the study -------------------------------------------------------------------------------------------------
+def labelled(fig) -> None:
+    """Every axis says what it shows."""
+    axes = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
+    assert axes
+    for ax in axes:
+        assert ax.get_xlabel()
+        names = [t.get_text() for t in ax.get_yticklabels()]
+        assert ax.get_ylabel() or any(len(n) > 3 and n[0].isalpha() for n in names)
+    fig.canvas.draw()
+    plt.close(fig)
+
+
+# -- collections and pools -------------------------------------------------------------------------------------
 
 
 def test_collections_of_the_profile(world):
@@ -119,13 +140,79 @@ def test_collections_of_the_profile(world):
     assert [c.name for c in s.test_collections] == ["mine-test", "other"]
     assert len(s.train_collection.queries) == 5 and s.train_collection.coverage == "whole"
     assert all(len(c.queries) == 4 and c.coverage != "whole" for c in s.test_collections)
+    test, other = s.profile.test_collections
+    bigger = changed(s, samples={other: {"queries": None, "passages": None}})
+    assert [len(c.queries) for c in bigger.test_collections] == [4, 5] and bigger.collection(other).coverage == "whole"
+
+
+def test_pools_hold_the_hard_passages_of_bm25(world, tmp_path):
+    s, _ = world
+    path = beir(tmp_path, "pool", 5, passages=40)
+    all_of_it, one_each = study.load_collection(path), {"queries": 5, "passages": 11, "hard": 1}
+    hard = hard_passages(all_of_it, 40)
+    bm25 = BM25()
+    run = bm25.search(
+        passages=bm25.encode_passages(all_of_it.passages), queries=bm25.encode_queries(all_of_it.queries),
+        top_k=40, query_ids=all_of_it.query_ids, passage_ids=all_of_it.passage_ids,
+    )  # fmt: skip
+    assert hard == {query: list(row) for query, row in run.run.items()}
+    pool = changed(s, test_collections=[path], sample=one_each).test_collections[0]
+    relevant = {p for q in pool.query_ids for p in pool.relevant(q)}
+    taken, best = set(pool.passage_ids) - relevant, {row[0] for row in hard_passages(all_of_it, 1).values()}
+    assert len(pool.passage_ids) == 11 and len(pool.query_ids) == 5
+    assert best - relevant and best - relevant <= taken
+    plain = changed(s, test_collections=[path], sample=one_each | {"hard": 0}).test_collections[0]
+    assert set(plain.passage_ids) != set(pool.passage_ids)
+
+
+def test_out_of_domain_leaves_out_what_is_trained_on(world):
+    s = Study(load_profile("embedded"))
+    names = ["pydocs/pandas-test", "pydocs/numpy", "pydocs/scipy", "pydocs/matplotlib"]
+    s.test_collections = [Collection.from_texts(n, ["p"], ["t"], ["q"], ["t"], {"q": {"p": 1}}) for n in names]
+    assert s.out_of_domain == names[1:]
+    w, _ = world
+    both = [whole(w.profile.train_collection), whole(w.profile.test_collections[1])]
+    training = w.profile.training.model_dump() | {"collections": both}
+    assert w.out_of_domain == ["mine-test", "other"] and changed(w, training=training).out_of_domain == ["mine-test"]
+
+
+def of_folders(s: Study, train: str, tests: list[str]) -> Study:
+    training = s.profile.training.model_dump() | {"collections": [whole(train)]}
+    return changed(s, train_collection=train, test_collections=tests, training=training)
+
+
+def test_the_training_folder_is_not_out_of_domain(world, tmp_path, monkeypatch):
+    s, _ = world
+    mine, other = beir(tmp_path, "mine", 0), beir(tmp_path, "other", 1)
+    assert of_folders(s, mine, [mine, other]).out_of_domain == ["other"]
+    (tmp_path / "link").symlink_to(mine)
+    assert of_folders(s, mine, [str(tmp_path / "link"), other]).out_of_domain == ["other"]
+    assert of_folders(s, mine, [beir(tmp_path, "copy", 0), other]).out_of_domain == ["other"]
+    (Path(mine) / "qrels" / "test.tsv").rename(Path(mine) / "qrels" / "dev.tsv")
+    (Path(mine) / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\tp0\t1\n")
+    assert of_folders(s, f"{mine}:dev", [mine, other]).out_of_domain == ["other"]
+    monkeypatch.chdir(tmp_path)
+    assert of_folders(s, "mine", [mine, other]).out_of_domain == ["other"]
+
+
+def test_collections_of_one_name_are_refused(world, tmp_path):
+    s, _ = world
+    one, two, three = beir(tmp_path, "a/fiqa", 0), beir(tmp_path, "b/fiqa", 1), beir(tmp_path, "c/FiQA", 2)
+    for train, tests in ((s.profile.train_collection, [one, two]), (s.profile.train_collection, [one, three]), (one, [two])):
+        with pytest.raises(ProfileError, match="needs a folder name of its own"):
+            _ = of_folders(s, train, tests).test_collections
+    with pytest.raises(ProfileError, match="needs a folder name of its own"):
+        _ = of_folders(s, one, [beir(tmp_path, "数据", 0)]).test_collections
+
+
+# -- systems, rankings and grids -------------------------------------------------------------------------------
 
 
 def test_grid_and_selected_pair(world):
     s, _ = world
     grid = s.train_grid
     assert list(grid.columns) == ["query_id", "metric", "value", "collection", "coverage", "k_query", "k_passage", "mode"]
-    cells = set(product([1, 2], [1, 2], MODES))
+    cells = set(product([1, 2], [1, 2], RANK_MODES))
     assert set(zip(grid["k_query"], grid["k_passage"], grid["mode"], strict=True)) == cells
     assert len(grid) == len(cells) * 5 and grid["value"].between(0, 1).all()
     # a cell is what encoding both sides for it alone and searching gives
@@ -144,6 +231,23 @@ def test_grid_and_selected_pair(world):
     means = grid[grid["mode"] == "hybrid"].groupby(["k_query", "k_passage"])["value"].mean().drop((1, 1))
     assert s.selected in means.index and means[s.selected] == pytest.approx(means.max())
     assert set(s.test_grid["collection"]) == {"mine-test", "other"} and len(s.test_grid) == 2 * 4 * len(cells)
+
+
+def test_the_grid_of_one_pass(world):
+    s, _ = world
+    shared = changed(s, shared_text_grid=True)
+    collection = shared.train_collection
+    alone = shared.diffretriever(2, 1, shared_text=True)
+    sides = {side: shared.sides(collection, side) for side in ("query", "passage")}
+    for side, k in (("query", 2), ("passage", 1)):
+        assert set(sides[side]) == {1, 2}
+        np.testing.assert_allclose(sides[side][k].dense, shared.encode(alone, collection, side).dense, atol=1e-5)
+    grid, own = shared.train_grid, s.train_grid
+    cell = {"k_query": 2, "k_passage": 1, "mode": "dense"}
+    run = shared.runs(alone, collection, ["dense"])["dense"]
+    found = grid[(grid[list(cell)] == pd.Series(cell)).all(axis=1)]
+    assert found["value"].tolist() == pytest.approx(per_query(collection.qrels, run, ["ndcg@10"])["ndcg@10"].tolist())
+    assert list(grid) == list(own) and len(grid) == len(own) and not np.allclose(grid["value"], own["value"])
 
 
 def test_a_second_encoding_comes_from_the_cache(world, monkeypatch):
@@ -165,58 +269,70 @@ def test_a_second_encoding_comes_from_the_cache(world, monkeypatch):
 
 
 def test_each_backbone_is_loaded_once(world, evaluated):
-    _, loaded = world
-    counted = [loaded.count(name) for name in ("smollm2-135m-diffusion", "smollm2-135m-instruct")]
-    assert counted[0] <= 3 and counted[1] <= 3  # one study of this module, and two of the test above
+    s, loaded = world
+    before = len(loaded)
+    s.systems((2, 2))
+    assert len(loaded) == before and loaded.count("tiny-text") == 1
 
 
-def test_systems_and_zero_shot_table(world, evaluated):
-    table = evaluation_table(evaluated)
-    assert list(table) == [
-        "training", "system", "family", "mode", "k_query", "k_passage", "collection", "metric", "value", "coverage"
-    ]  # fmt: skip
-    assert not table.drop(columns=["k_query", "k_passage"]).isna().any().any()
-    assert (table["training"] == "zero-shot").all()
-    assert not table.duplicated(["system", "mode", "collection", "metric"]).any()
-    pairs = {r.system: (r.family, r.k_query, r.k_passage) for r in table.itertuples()}
-    na = pd.NA
-    assert {k: v[0] for k, v in pairs.items()} == {
-        "BM25": "lexical", "Mean pooling": "autoregressive", "PromptReps single": "autoregressive",
-        "PromptReps multi (N=2)": "autoregressive", "DiffEmbed": "diffusion", "DiffRetriever single": "diffusion",
-        "DiffRetriever multi": "diffusion",
+def test_systems_and_their_values(world, evaluated):
+    columns = ["query_id", "metric", "value", "collection", "coverage", "mode"]
+    about = ["system", "training", "family", "backbone", "k_query", "k_passage"]
+    assert list(evaluated) == [*columns, *about]
+    assert not evaluated.drop(columns=["k_query", "k_passage"]).isna().any().any()
+    assert set(evaluated["metric"]) == set(METRICS) and (evaluated["training"] == "zero-shot").all()
+    rows = evaluated.drop_duplicates("system").set_index("system")
+    ar, diffusion = ("autoregressive", "tiny-autoregressive"), ("diffusion", "tiny-diffusion")
+    of = {
+        "BM25": ("lexical", "none"), "BM25, cut text": ("lexical", "none"), "Mean pooling": ar, "PromptReps single": ar,
+        "PromptReps multi": ar, "DiffEmbed": diffusion, "DiffRetriever single": diffusion,
+        "DiffRetriever multi": diffusion, "DiffEmbed (text only)": diffusion,
+        "DiffRetriever single (text only)": diffusion, "DiffRetriever multi (text only)": diffusion,
     }  # fmt: skip
-    assert pairs["PromptReps multi (N=2)"][1:] == (3, 3) and pairs["DiffRetriever multi"][1:] == (2, 2)
-    assert pairs["DiffRetriever single"][1:] == (1, 1) and pairs["BM25"][1] is pairs["DiffEmbed"][1] is na
-    modes = table.groupby("system")["mode"].agg(lambda m: tuple(dict.fromkeys(m))).to_dict()
-    assert modes["BM25"] == ("sparse",) and modes["DiffEmbed"] == modes["Mean pooling"] == ("dense",)
-    assert all(modes[s] == MODES for s in modes if s.startswith(("DiffRetriever", "PromptReps")))
-    assert set(table["metric"]) == set(METRICS) and set(table["collection"]) == {"mine-test", "other"}
-    cell = evaluated[(evaluated["system"] == "BM25") & (evaluated["collection"] == "other") & (evaluated["metric"] == "mrr@10")]
-    row = table[(table["system"] == "BM25") & (table["collection"] == "other") & (table["metric"] == "mrr@10")]
-    assert len(cell) == 4 and row["value"].item() == pytest.approx(cell["value"].mean())
-    wide = evaluation_wide(table, ["other"])
-    assert np.allclose(wide["macro"], wide["other"])
-    both = evaluation_wide(table, ["other", "mine-test"])
-    assert np.allclose(both["macro"], (both["other"] + both["mine-test"]) / 2)
-    assert len(wide) == 1 + 1 + 1 + 4 * 3
-    tuned = evaluated[evaluated["system"] == "DiffRetriever multi"].assign(training="fine-tuned", value=1.0)
-    whole = evaluation_table(pd.concat([evaluated, tuned]))
-    pd.testing.assert_frame_equal(whole[whole["training"] == "zero-shot"], table)
-    wide = evaluation_wide(whole, ["other"])
-    assert len(wide) == 15 + 3 and (wide[wide["training"] == "fine-tuned"]["macro"] == 1).all()
+    assert {name: (row["family"], row["backbone"]) for name, row in rows.iterrows()} == of
+    pairs = rows[["k_query", "k_passage"]].dropna()
+    counts = {name: tuple(row) for name, row in pairs.iterrows()}
+    assert counts == {
+        "PromptReps single": (1, 1), "PromptReps multi": (3, 3), "DiffRetriever single": (1, 1),
+        "DiffRetriever multi": (2, 2), "DiffRetriever single (text only)": (1, 1),
+        "DiffRetriever multi (text only)": (2, 2),
+    }  # fmt: skip
+    modes = evaluated.groupby("system")["mode"].agg(lambda m: tuple(dict.fromkeys(m))).to_dict()
+    for name, found in modes.items():
+        several = RANK_MODES if counts.get(name, (1, 1)) != (1, 1) else MODES
+        alone = ("sparse",) if name.startswith("BM25") else ("dense",) if name not in counts else None
+        assert found == (alone or several)
+    # the backbone that never met the prompt has other weights
+    means = evaluated[evaluated["metric"] == "ndcg@10"].groupby(["system", "mode", "collection"])["value"].mean()
+    for name in ("DiffEmbed", "DiffRetriever multi"):
+        assert not np.allclose(means[name, "dense"], means[f"{name} (text only)", "dense"])
+
+
+def test_bm25_on_the_text_that_others_read(world):
+    s, _ = world
+    collection = s.test_collections[1]
+    short = s.diffretriever(1, 1, max_passage_tokens=5, max_query_tokens=4)
+    cut = CutBM25(short)
+    texts = {side: short.read_texts(study.texts_of(collection, side), side) for side in ("passage", "query")}
+    assert all(len(part) < len(text) for part, text in zip(texts["passage"], collection.passages, strict=True))
+    by_hand = BM25()
+    for side in ("passage", "query"):
+        expected = by_hand.encode(texts[side], side).sparse.toarray()
+        assert np.array_equal(cut.encode(study.texts_of(collection, side), side).sparse.toarray(), expected)
+        assert len({x.fingerprint(side) for x in (cut, CutBM25(s.diffretriever(1, 1)), BM25())}) == 3
 
 
 def test_runs_on_disk_are_what_other_tools_read(world, tmp_path):
     s, _ = world
     collection = s.test_collections[0]
-    system = s.systems((2, 2))[-1]
+    system = System("DiffRetriever multi", s.diffretriever(2, 2))
     values = s.evaluate(system, [collection], tmp_path)
     folder = tmp_path / "mine-test"
     assert sorted(p.name for p in folder.iterdir()) == [
-        *(f"diffretriever-multi.zero-shot.{mode}.txt" for mode in sorted(MODES)), "qrels.txt"
+        *(f"diffretriever-multi.zero-shot.{mode}.txt" for mode in sorted(RANK_MODES)), "qrels.txt"
     ]  # fmt: skip
     qrels = list(ir_measures.read_trec_qrels(str(folder / "qrels.txt")))
-    for mode in MODES:
+    for mode in RANK_MODES:
         path = folder / f"diffretriever-multi.zero-shot.{mode}.txt"
         ours = values[values["mode"] == mode].pivot_table(index="query_id", columns="metric", values="value")
         run = list(ir_measures.read_trec_run(str(path)))
@@ -230,7 +346,7 @@ def test_runs_on_disk_are_what_other_tools_read(world, tmp_path):
 def test_rankings_and_values_are_kept(world, tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
     s, _ = world
-    system, bm25 = s.systems((2, 2))[-1], s.systems((2, 2))[0]
+    system, bm25 = System("DiffRetriever multi", s.diffretriever(2, 2)), System("BM25", BM25())
     first = [s.evaluate(x, s.test_collections, tmp_path / "first") for x in (system, bm25)]
     for collection in s.test_collections:
         for mode, run in s.runs(system.retriever, collection).items():
@@ -242,7 +358,7 @@ def test_rankings_and_values_are_kept(world, tmp_path, monkeypatch):
     for a, b in zip(first, again, strict=True):
         pd.testing.assert_frame_equal(a, b, check_exact=True)
     names = sorted(p.relative_to(tmp_path / "first") for p in (tmp_path / "first").rglob("*.txt"))
-    assert len(names) == 2 * (1 + 3 + 1)
+    assert len(names) == 2 * (1 + 4 + 1)
     for name in names:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     renamed = replace(s.test_collections[0], name="renamed")
@@ -273,186 +389,73 @@ def test_addresses_cover_the_code_of_search_and_metrics(tmp_path, place):
     text = (copy / file).read_text()
     (copy / file).write_text("# a comment\n" + text)
     assert SourceTree(copy).fingerprint(code) == before == SourceTree(root).fingerprint(code)
-    changed = re.sub(rf"(\ndef {name}\(.*?\) -> [^\n]*:\n)", r"\1    changed = 1\n", text, count=1, flags=re.DOTALL)
+    changed = re.sub(rf"(\ndef {name}\(.*?\) -> [^\n]*:[^\n]*\n)", r"\1    changed = 1\n", text, count=1, flags=re.DOTALL)
     assert changed != text
     (copy / file).write_text(changed)
     assert SourceTree(copy).fingerprint(code) != before
 
 
-def test_cached_tables_have_the_collection_s_own_name(world):
+def test_a_cached_grid_has_the_collection_s_own_name(world):
     s, _ = world
-    table = comparison.collections_table(s)
-    assert table["collection"].tolist() == [s.train_collection.name, *(c.name for c in s.test_collections)]
-    assert table["queries"].tolist() == [len(c.queries) for c in [s.train_collection, *s.test_collections]]
-    assert table["bm25_ndcg@10"].between(0, 1).all()
-    pd.testing.assert_frame_equal(comparison.collections_table(s), table)
     renamed = replace(s.test_collections[0], name="renamed")
     grid = s.grid(s.test_collections[0])
     pd.testing.assert_frame_equal(s.grid(renamed), grid.assign(collection="renamed"))
-    read_out = read_out_table(s)
-    pd.testing.assert_frame_equal(read_out_table(s), read_out)
-    assert read_out["read_out"].tolist() == ["i - 1 (shifted)", "i (not shifted)"] * 2
-    assert read_out["K"].tolist() == [1, 1, 4, 4]
-    run = s.runs(s.diffretriever(4, 4), s.development, ["hybrid"])["hybrid"]
-    by_hand = per_query(s.development.qrels, run, ["ndcg@10"])
-    assert read_out["hybrid"][2] == pytest.approx(by_hand["ndcg@10"].mean())
-
-
-def test_out_of_domain_leaves_the_training_package_out():
-    s = Study(load_profile("embedded"))
-    names = [n.removeprefix("pydocs/") for n in s.profile.test_collections]
-    s.test_collections = [
-        Collection.from_texts(f"pydocs/{n}", ["p"], ["t"], ["q"], ["t"], {"q": {"p": 1}}) for n in names
-    ]
-    assert s.out_of_domain == [f"pydocs/{n}" for n in names if n != "pandas-test"] and len(s.out_of_domain) == 6
-
-
-def of_folders(s: Study, train: str, tests: list[str]) -> Study:
-    return Study(s.profile.model_copy(update={"train_collection": train, "test_collections": tests}))
-
-
-def test_the_training_folder_is_not_out_of_domain(world, tmp_path, monkeypatch):
-    s, _ = world
-    mine, other = beir(tmp_path, "mine", 0), beir(tmp_path, "other", 1)
-    assert of_folders(s, mine, [mine, other]).out_of_domain == ["other"]
-    (tmp_path / "link").symlink_to(mine)
-    assert of_folders(s, mine, [str(tmp_path / "link"), other]).out_of_domain == ["other"]
-    assert of_folders(s, mine, [beir(tmp_path, "copy", 0), other]).out_of_domain == ["other"]
-    (Path(mine) / "qrels" / "test.tsv").rename(Path(mine) / "qrels" / "dev.tsv")
-    (Path(mine) / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\tp0\t1\n")
-    assert of_folders(s, f"{mine}:dev", [mine, other]).out_of_domain == ["other"]
-    monkeypatch.chdir(tmp_path)
-    assert of_folders(s, "mine", [mine, other]).out_of_domain == ["other"]
-
-
-def test_collections_of_one_name_are_refused(world, tmp_path):
-    s, _ = world
-    one, two, three = beir(tmp_path, "a/fiqa", 0), beir(tmp_path, "b/fiqa", 1), beir(tmp_path, "c/FiQA", 2)
-    for train, tests in ((s.profile.train_collection, [one, two]), (s.profile.train_collection, [one, three]), (one, [two])):
-        with pytest.raises(ProfileError, match="needs a folder name of its own"):
-            _ = of_folders(s, train, tests).test_collections
-    with pytest.raises(ProfileError, match="needs a folder name of its own"):
-        _ = of_folders(s, one, [beir(tmp_path, "数据", 0)]).test_collections
-
-
-def test_comparisons_and_intervals_run_on_a_study(world, evaluated):
-    s, _ = world
-    table = compare_systems(evaluated, COMPARISONS, ["mine-test", "other"], resamples=50, seed=0)
-    assert len(table) == len(COMPARISONS) and (table["queries"] == 8).all()
-    intervals = system_intervals(evaluated, ["mine-test", "other"], 50, 0)
-    assert len(intervals) == 15 and (intervals["low"] <= intervals["value"]).all()
-
-
-def test_stages_of_the_adaptation(world, monkeypatch):
-    s, _ = world
-    collection, loaded = s.test_collections[1], []
-
-    def load(name, *, adapter, dtype):
-        loaded.append((name, adapter))
-        return s.backbone("diffusion")
-
-    monkeypatch.setattr(comparison, "load_backbone", load)
-    table = stage_retrieval(s, collection, {"before": "none", "after": None})
-    assert list(table) == ["stage", "system", "K", *MODES] and loaded == [(s.profile.backbones.diffusion, "none")]
-    assert table["stage"].tolist() == ["", "", "before", "before", "after", "after"]
-    assert table["K"].tolist() == [pd.NA, 1, 1, 4, 1, 4]
-    assert table.loc[0, ["dense", "hybrid"]].isna().all() and table.loc[1:, list(MODES)].notna().all(axis=None)
-    log = {"retrieval": json.loads(table.to_json(orient="records")), "collection": collection.fingerprint}
-    kept = logged_retrieval(log, collection, ["after"]).reset_index(drop=True)
-    pd.testing.assert_frame_equal(kept, table[table["stage"] == "before"].reset_index(drop=True))
-    assert logged_retrieval(log, s.test_collections[0]).empty
 
 
 def test_fine_tuned_systems(world, tmp_path, monkeypatch):
     s, _ = world
-    monkeypatch.setattr(study, "load_collection", lambda name: s.train_collection)
-    mined = s.training_data().negatives
-    assert list(mined) == ["query_id", "passage_id", "source"]
-    assert len(mined) == s.profile.training.negatives * len(s.train_collection.queries)
-    monkeypatch.setattr(Study, "runs", None)  # the second time from the cache
-    pd.testing.assert_frame_equal(s.training_data().negatives, mined)
+    data = s.training_data()
+    mined = data.negatives
+    assert {"query_id", "passage_id", "source"} <= set(mined)
+    assert len(mined) == s.profile.training.negatives * len(s.train_collection.queries) and len(data.rows) == 10
     asked = []
 
-    def finetune(name, retriever, data, recipe, development, *, training_limits):
-        asked.append((name, retriever, len(data.rows), recipe.seed, training_limits))
+    def finetune_selected(name, retriever, data, profile, development, repetition=0, callbacks=()):
+        asked.append((name, len(data.rows), profile, development.name, repetition, callbacks))
         return SimpleNamespace(adapter=tmp_path / name)
 
-    monkeypatch.setattr(study, "finetune", finetune)
+    monkeypatch.setattr(study.contrastive, "finetune_selected", finetune_selected, raising=False)
+    monkeypatch.setattr(Study, "runs", None)  # the second time negatives come from the cache
     tuned = s.fine_tuned_systems()
     assert [system.name for system in tuned] == [name for name, *_ in asked] == list(SYSTEMS)
     assert all(system.training == "fine-tuned" and system.adapter == tmp_path / system.name for system in tuned)
     counts = {system.name: tuple(system.retriever.vectors(side) for side in ("query", "passage")) for system in tuned}
     assert counts == {
         "DiffRetriever single": (1, 1), "DiffRetriever multi": s.selected, "DiffEmbed": (1, 1),
-        "PromptReps single": (1, 1), "PromptReps multi": (5, 5), "RepLLaMA": (1, 1),
+        "PromptReps single": (1, 1), "PromptReps multi": (4, 4), "RepLLaMA": (1, 1),
     }  # fmt: skip
-    limits = {"max_passage_tokens": s.profile.training.max_passage_tokens}
-    assert [rest for _, _, *rest in asked] == [[10, s.profile.seed, limits]] * len(SYSTEMS)
+    assert [rest for _, *rest in asked] == [[10, s.profile, "dev", 0, ()]] * len(SYSTEMS)
+    again = s.fine_tuned_systems(1)
+    assert [(x.name, x.training) for x in again] == [(n, "fine-tuned, seed 1") for n in SYSTEMS if n in REPEATED]
+    assert {repetition for *_, repetition, _ in asked[len(SYSTEMS) :]} == {1} and not s.fine_tuned_systems(2)
     with pytest.raises(KeyError, match="ColBERT"):
         s.finetune("ColBERT")
 
 
-# -- analyses on frames made by hand ---------------------------------------------------------------------------
+def test_published_adapters_are_loaded_and_nothing_is_trained(world, monkeypatch):
+    s, _ = world
+    published = changed(s, training=s.profile.training.model_dump() | {"adapters": "results/study/adapters"})
+    published.selected = (2, 2)
+    asked = []
+    monkeypatch.setattr(study.contrastive, "load_published", lambda *given: asked.append(given), raising=False)
+    monkeypatch.setattr(study.contrastive, "finetune_selected", None, raising=False)
+    monkeypatch.setattr(Study, "training_data", None)
+    published.finetune("DiffEmbed")
+    published.finetune("DiffRetriever multi", 1)
+    folder = study.CHECKOUT / "results/study/adapters"
+    assert [(f, name, r) for f, name, _, r in asked] == [(folder, "DiffEmbed", 0), (folder, "DiffRetriever multi", 1)]
+    assert [retriever.name for _, _, retriever, _ in asked] == ["DiffEmbed", "DiffRetriever"]
 
-VALUES = {  # (1, 1), (1, 2), (2, 1), (2, 2)
-    "q1": (0.5, 0.5, 0.8, 0.8),  # the pair of fewest vectors among the best: (2, 1)
-    "q2": (1.0, 1.0, 1.0, 1.0),  # all tie
-    "q3": (0.2, 0.6, 0.4, 0.1),
-    "q4": (0.0, 0.5, 0.5, 0.3),  # as many vectors: the smallest Kq
-}
-PAIRS = [(1, 1), (1, 2), (2, 1), (2, 2)]
 
-
-def frame(values: dict[str, tuple[float, ...]], collection: str = "c") -> pd.DataFrame:
+def cells(*row: float, collection: str = "c") -> pd.DataFrame:
+    """One query's hybrid nDCG@10 of the pairs (1, 1), (1, 2), (2, 1), (2, 2); of other modes and metrics, others."""
     rows = []
-    for query, row in values.items():
-        for (kq, kp), value in zip(PAIRS, row, strict=True):
-            base = {"collection": collection, "coverage": "whole", "query_id": query, "k_query": kq, "k_passage": kp}
-            rows.append({**base, "mode": "hybrid", "metric": "ndcg@10", "value": value})
-            rows.append({**base, "mode": "dense", "metric": "ndcg@10", "value": 1 - value})
-            rows.append({**base, "mode": "hybrid", "metric": "mrr@10", "value": 0.123})
+    for (kq, kp), value in zip(product([1, 2], [1, 2]), row, strict=True):
+        base = {"query_id": "q", "k_query": kq, "k_passage": kp, "collection": collection}
+        rows.append(base | {"mode": "hybrid", "metric": "ndcg@10", "value": value})
+        for mode, metric in (("dense", "ndcg@10"), ("hybrid", "mrr@10")):
+            rows.append(base | {"mode": mode, "metric": metric, "value": 1 - value})
     return pd.DataFrame(rows).sample(frac=1, random_state=0)
-
-
-def test_best_pair_of_each_query():
-    best = per_query_best(frame(VALUES)).set_index("query_id")
-    assert best[["k_query", "k_passage"]].apply(tuple, axis=1).to_dict() == {
-        "q1": (2, 1), "q2": (1, 1), "q3": (1, 2), "q4": (1, 2)
-    }  # fmt: skip
-    assert best["value"].to_dict() == {"q1": 0.8, "q2": 1.0, "q3": 0.6, "q4": 0.5}
-    assert best["ties"].to_dict() == {"q1": 2, "q2": 4, "q3": 1, "q4": 2}
-    assert best["worst"].to_dict() == {"q1": 0.5, "q2": 1.0, "q3": 0.1, "q4": 0.0}
-
-
-def test_oracle_and_transfer():
-    # means: (1, 1) 0.425, (1, 2) 0.65, (2, 1) 0.675, (2, 2) 0.55
-    row = oracle_table(frame(VALUES), (2, 2)).iloc[0]
-    assert row[["collection", "coverage", "queries", "best_fixed_pair"]].tolist() == ["c", "whole", 4, "(2, 1)"]
-    found = row[["single", "selected", "best_fixed", "oracle", "headroom", "tied"]].astype(float)
-    np.testing.assert_allclose(found, [0.425, 0.55, 0.675, 0.725, 0.05, 0.25])
-    moved = transfer(frame(VALUES), (2, 2)).iloc[0]
-    np.testing.assert_allclose(moved[["selected", "best", "loss", "single"]].astype(float), [0.55, 0.675, 0.125, 0.425])
-    assert moved["best_pair"] == "(2, 1)"
-    two = pd.concat([frame(VALUES), frame({"q1": (0, 0, 0, 1)}, "d")])
-    assert oracle_table(two, (2, 2))["oracle"].tolist() == pytest.approx([0.725, 1.0])
-    assert oracle_table(two, (2, 2))["tied"].tolist() == [0.25, 0.0]
-
-
-def test_distribution_of_the_best_pairs():
-    shares = pair_distribution(per_query_best(frame(VALUES)), [1, 2])
-    # q2, on which all pairs tie, does not count
-    np.testing.assert_allclose(shares.to_numpy(), [[0, 200 / 3], [100 / 3, 0]])
-    nothing = pair_distribution(per_query_best(frame({"q": (1, 1, 1, 1)})), [1, 2])
-    assert nothing.to_numpy().tolist() == [[0, 0], [0, 0]]
-
-
-def test_heat_map_averages_collections_alike():
-    grid = pd.concat([frame(VALUES), frame({"q1": (0, 0, 0, 1)}, "d")])
-    cells = heat_map(grid, "hybrid")
-    np.testing.assert_allclose(cells.to_numpy(), [[0.425 / 2, 0.325], [0.3375, 0.775]])
-    assert list(cells.index) == list(cells.columns) == [1, 2] and cells.index.name == "k_query"
-    averaged = macro(grid[(grid["mode"] == "hybrid") & (grid["metric"] == "ndcg@10")], ["k_query", "k_passage"])
-    assert averaged.set_index(["k_query", "k_passage"])["value"][2, 2] == pytest.approx(0.775)
 
 
 @pytest.mark.parametrize(
@@ -465,106 +468,160 @@ def test_heat_map_averages_collections_alike():
     ],
 )
 def test_selected_pair(row, pair):
-    assert select_pair(frame({"q": row})) == pair
+    assert select_pair(cells(*row)) == pair
 
 
-def by_system(values: dict[str, list[float]], collection: str) -> pd.DataFrame:
-    rows = [
-        {"training": "zero-shot", "system": system, "mode": "dense", "metric": "ndcg@10", "collection": collection, "query_id": f"q{i}", "value": v}
-        for system, row in values.items() for i, v in enumerate(row)
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
+def test_macro_averages_collections_alike():
+    frame = pd.DataFrame({"mode": "m", "collection": ["a", "a", "a", "b"], "value": [0.0, 0.0, 0.3, 0.5]})
+    assert macro(frame, ["mode"])["value"].tolist() == pytest.approx([(0.1 + 0.5) / 2])
 
 
-def test_compared_systems_by_hand():
-    one = by_system({"A": [0.9, 0.8, 0.7, 0.9], "B (N=2)": [0.5, 0.5, 0.5, 0.5], "C": [0.9, 0.8, 0.7, 0.9]}, "one")
-    two = by_system({"A": [0.6] * 8, "B (N=2)": [0.5] * 8, "C": [0.6] * 8}, "two")
-    data = pd.concat([one, two, by_system({"A": [0.0], "B (N=2)": [1.0], "C": [0.0]}, "left out")])
-    pairs = [("A", "B", "dense"), ("A", "C", "dense"), ("B", "A", "dense")]
-    table = compare_systems(data.sample(frac=1, random_state=1), pairs, ["one", "two"], resamples=4999, seed=0)
-    # macro: the mean of 0.325 and 0.1
-    assert table["difference"].tolist() == pytest.approx([0.2125, 0.0, -0.2125])
-    assert table["queries"].tolist() == [12, 12, 12]
-    # all signs alike: 2 of the 2^12 flips are as extreme
-    assert table["p"].tolist() == pytest.approx([2 / 4096, 1.0, 2 / 4096], rel=0.01, abs=2e-4)
-    np.testing.assert_allclose(table["p_corrected"], multipletests(table["p"], method="holm")[1])
-    assert table["p_corrected"][0] == pytest.approx(3 * table["p"][0])
-    assert table["reading"].tolist() == ["better", "no clear difference", "worse"]
-    assert (table["low"] <= table["difference"]).all() and (table["difference"] <= table["high"]).all()
+# -- departures ------------------------------------------------------------------------------------------------
 
 
-def test_compared_by_training():
-    before = by_system({"A (N=9)": [0.5, 0.4], "B": [0.1, 0.1]}, "one")
-    after = by_system({"A (N=4)": [0.7, 0.9]}, "one").assign(training="fine-tuned")
-    pairs = [("A, fine-tuned", "A", "dense"), ("A", "B", "dense")]
-    table = compare_systems(pd.concat([before, after]), pairs, ["one"], resamples=50, seed=0)
-    assert table["difference"].tolist() == pytest.approx([0.35, 0.35])
-    assert comparison_name("A (N=4)", "fine-tuned") == "A, fine-tuned"
-    with pytest.raises(ValueError, match=r"there is no B, fine-tuned \(dense\) on one"):
-        compare_systems(before, [("B, fine-tuned", "B", "dense")], ["one"], resamples=50, seed=0)
-
-
-def test_systems_of_different_queries_are_not_compared():
-    data = pd.concat([by_system({"A": [0.9, 0.8]}, "one"), by_system({"B": [0.5]}, "one")])
-    with pytest.raises(ValueError, match=r"A and B \(dense\) were not evaluated on the same queries"):
-        compare_systems(data, [("A", "B", "dense")], ["one"], resamples=10, seed=0)
-
-
-# -- figures ---------------------------------------------------------------------------------------------------
-
-
-def labelled(fig) -> None:
-    """Every axis says what it shows."""
-    axes = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
-    assert axes
-    for ax in axes:
-        assert ax.get_xlabel()
-        names = [t.get_text() for t in ax.get_yticklabels()]
-        assert ax.get_ylabel() or any(len(n) > 3 and n[0].isalpha() for n in names)
-    fig.canvas.draw()
-    plt.close(fig)
-
-
-def test_figures_of_a_study(world, evaluated):
+def test_departures(world):
     s, _ = world
-    fig = figures.grid(s.test_grid, "tiny")
-    assert [ax.get_title() for ax in fig.axes] == list(MODES)
-    labelled(fig)
-    labelled(figures.effectiveness(system_intervals(evaluated, ["mine-test", "other"], 50, 0)))
-    comparisons = compare_systems(evaluated, COMPARISONS, ["mine-test", "other"], resamples=50, seed=0)
-    fig = figures.forest(comparisons)
-    assert len(fig.axes[0].get_yticklabels()) == len(COMPARISONS)
-    labelled(fig)
-    table = oracle_table(s.test_grid, s.selected)
-    fig = figures.oracle(table)
-    assert len(fig.axes[0].patches) >= 4 * len(table)
-    labelled(fig)
-    labelled(figures.distribution(pair_distribution(per_query_best(s.test_grid), s.profile.k_grid)))
+    s = changed(s)
+    s.selected = (2, 2)
+    table = departures.departures(s)
+    assert list(table) == departures.COLUMNS and not table.isna().any().any()
+    assert not table.duplicated(["choice", "system", "mode"]).any() and set(table["collection"]) == {"mine-train"}
+    assert (table["queries"] == 3).all()
+    np.testing.assert_allclose(table["difference"], table["ndcg_other"] - table["ndcg_reference"])
+    assert table.groupby("choice")["ours"].unique().map(list).to_dict() == {
+        "words of the sparse side": ["reference"], "end of PromptReps' answer": ["reference"],
+        "vectors of PromptReps": ["reference"], "token i is read at": ["other"], "length of a passage": ["other"],
+        "text of BM25": ["reference"],
+    }  # fmt: skip
+    collection = s.sampled(s.profile.train_collection, s.profile.departures)
+    rows = table.set_index(["choice", "system", "mode"])
+    for shifted, column in ((False, "ndcg_reference"), (True, "ndcg_other")):
+        run = s.runs(s.diffretriever(2, 2, shifted=shifted), collection)["mean"]
+        expected = per_query(collection.qrels, run, ["ndcg@10"])["ndcg@10"].mean()
+        assert rows.loc["token i is read at", "DiffRetriever multi", "mean"][column] == pytest.approx(expected)
+    sparse = table[table["choice"] == "words of the sparse side"]
+    assert (sparse[sparse["mode"].isin(["dense", "mean"])]["difference"] == 0).all()  # the dense side reads alike
+    said = departures.departures_summary(table).splitlines()
+    assert len(said) == table["choice"].nunique()
+    largest = sparse.loc[sparse["difference"].abs().idxmax()]
+    assert f"**{largest['difference']:+.3f}**" in said[0] and said[0].endswith("here: of the whole text.")
 
 
-def test_figure_of_the_curves():
-    log = {
-        "curve": [
-            {"stage": "documentation", "step": 10, "tokens_seen": 1000, "loss": 5.0},
-            {"stage": "documentation", "step": 10, "tokens_seen": 1000, "held_out": {"0.15": 4.0, "0.5": 6.0}},
-            {"stage": "answers", "step": 10, "tokens_seen": 500, "loss": 3.0},
-            {"stage": "answers", "step": 10, "tokens_seen": 500, "held_out": {"0.15": 3.0, "0.5": 5.0}},
-        ]
+def test_one_pass_beside_a_pass_for_each(world):
+    s, _ = world
+    assert departures.shared_text_table(s).empty
+    shared = changed(s, shared_text_grid=True)
+    shared.selected = (2, 1)
+    table = departures.shared_text_table(shared)
+    assert list(table) == departures.COLUMNS and set(table["collection"]) == {"mine-test", "other"}
+    assert set(zip(table["system"], table["mode"], strict=True)) == {
+        *product(["DiffRetriever single"], MODES), *product(["DiffRetriever multi"], RANK_MODES)
+    }  # fmt: skip
+    row = table[(table["system"] == "DiffRetriever multi") & (table["mode"] == "mean")].set_index("collection").loc["other"]
+    grid = shared.grid(shared.test_collections[1])
+    chosen = grid[(grid["k_query"] == 2) & (grid["k_passage"] == 1) & (grid["mode"] == "mean")]
+    assert row["ndcg_other"] == pytest.approx(chosen["value"].mean())
+    own = shared.evaluate(System("x", shared.diffretriever(2, 1)), shared.test_collections[1:])
+    own = own[(own["mode"] == "mean") & (own["metric"] == "ndcg@10")]
+    assert row["ndcg_reference"] == pytest.approx(own["value"].mean())
+
+
+def test_what_bfloat16_changes(world):
+    s, loaded = world
+    assert departures.dtype_table(s).empty
+    both = changed(s, dtype_sample={"queries": 3, "passages": 7})
+    both.selected = (2, 2)
+    before = len(loaded)
+    table = departures.dtype_table(both)
+    assert len(loaded) == before + 3  # the three backbones in bfloat16; those in float32 are there
+    assert set(table["system"]) == {x.name for x in s.systems((2, 2)) if not isinstance(x.retriever, BM25)}
+    assert (table["ours"] == "reference").all() and (table["queries"] == 6).all()
+    assert (table["collection"] == "macro of 2").all() and table["ndcg_other"].between(0, 1).all()
+    small = changed(s, sample={"queries": 3, "passages": 7})
+    values = small.evaluate(System("DiffEmbed", small.retriever(systems.DiffEmbed)), small.test_collections)
+    expected = macro(values[values["metric"] == "ndcg@10"], ["mode"])["value"].item()
+    assert table[table["system"] == "DiffEmbed"]["ndcg_reference"].item() == pytest.approx(expected)
+
+
+# -- before a run ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def complete(world) -> Profile:
+    """A profile that is whole: the backbones are those of the registry."""
+    s, _ = world
+    return changed(s, backbones=s.profile.backbones.model_dump() | {"text_only": None}).profile
+
+
+def test_a_whole_profile_passes(complete):
+    assert check(complete) is None
+
+
+def test_all_faults_of_a_profile_are_told_at_once(complete, tmp_path):
+    same, train = beir(tmp_path, "other", 7), complete.train_collection
+    content = complete.model_dump() | {
+        "backbones": {"diffusion": "smollm2-135m-instruct", "autoregressive": "gpt", "text_only": None},
+        "test_collections": [*complete.test_collections, same, str(tmp_path / "nowhere")],
+        "samples": {"ir/npl": {"queries": None, "passages": None}},
     }
-    fig = figures.curves(log)
-    points = [point.tolist() for line in fig.axes[0].lines for point in line.get_xydata()]
-    # the second stage stands after the first
-    assert sorted(points) == [[1.0, 4.0], [1.0, 5.0], [1.0, 6.0], [1.5, 3.0], [1.5, 3.0], [1.5, 5.0]]
-    labels = [text.get_text() for legend in [fig.axes[0].get_legend()] for text in legend.get_texts()]
-    assert "training, documentation" in labels and "held out, 50% masked" in labels
-    labelled(fig)
+    content["training"] |= {"collections": [whole(same)], "negatives": 7, "development": whole(train)}
+    content["efficiency"]["counts"] = [1, 4]
+    with pytest.raises(ProfileError) as error:
+        check(Profile.model_validate(content))
+    said = [line.removeprefix("profile smoke: ") for line in str(error.value).splitlines()]
+    expected = [
+        "backbones.diffusion: smollm2-135m-instruct is of the family autoregressive, and a diffusion one is needed",
+        "backbones.autoregressive: there is no backbone 'gpt'",
+        f"test_collections: {tmp_path / 'nowhere'}: no collection",
+        f"training.collections: {same}: 8 passages, too few for training.negatives",
+        "samples: ir/npl is none of the test_collections",
+        f"training.collections: {train}, the train_collection, is not among them",
+        f"training.development: {train} is also tested or trained on",
+        "efficiency.counts: 2, the most masks of k_grid, is missing",
+    ]
+    assert len(said) == len(expected)
+    for line, start in zip(said, expected, strict=True):
+        assert start in line
 
 
-def test_every_comparison_names_systems_that_there_are(world):
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda c, _: c | {"test_collections": [c["train_collection"]]}, "all are of what is trained on"),
+        (lambda c, same: c | {"test_collections": [*c["test_collections"], same]}, "needs a folder name of its own"),
+        (lambda c, _: c | {"max_passage_tokens": 8100}, "text, prompt and vectors take up to 8230 tokens"),
+        (lambda c, _: c | {"sample": {"queries": 1, "passages": 1}}, "do not fit into 1 passages"),
+    ],
+)
+def test_a_profile_that_cannot_be_run(complete, tmp_path, change, part):
+    content = change(complete.model_dump(), beir(tmp_path, "other", 7))
+    with pytest.raises(ProfileError, match=part):
+        check(Profile.model_validate(content))
+
+
+def test_a_plan_counts_what_is_encoded(world, monkeypatch):
     s, _ = world
-    zero_shot = [comparison_name(system.name, "zero-shot") for system in s.systems((2, 2))]
-    tuned = [comparison_name(name, "fine-tuned") for name in SYSTEMS]
-    pairs = COMPARISONS + comparison.FINE_TUNED_COMPARISONS
-    assert len(set(pairs)) == len(pairs)
-    for better, than, mode in pairs:
-        assert mode in MODES and {better, than} <= {*zero_shot, *tuned}
+    monkeypatch.setattr(planning, "_seconds", lambda retriever, collection, side: 3600.0 if side == "passage" else 0.0)
+    found = plan(s.profile)
+    table = found.table.set_index("part")
+    passages = sum(len(c.passages) for c in s.test_collections)
+    texts = passages + sum(len(c.queries) for c in s.test_collections)
+    row = table.loc["DiffRetriever multi, zero-shot"]
+    assert (row["texts"], row["hours"]) == (texts, passages)
+    assert row["gigabytes"] == pytest.approx(texts * 2 * 32 * 4 / 1e9)
+    assert set(table.loc[[f"grid, K = {k}" for k in (1, 2)], "hours"]) == {passages + len(s.train_collection.passages)}
+    assert {f"training of {name}" for name in SYSTEMS} <= set(table.index)
+    twice = table.loc["training of RepLLaMA", "texts"] / table.loc["training of DiffEmbed", "texts"]
+    assert twice == 2 and table.loc["RepLLaMA, fine-tuned", "texts"] == 2 * texts  # two seeds
+    assert found.suffices and f"at the rate measured now: {table['hours'].sum():.1f}" in str(found)
+    assert not replace(found, disk_free=found.disk / 2).suffices
+    assert not replace(found, memory_there=found.memory / 2).suffices
+    adapters = changed(s, training=s.profile.training.model_dump() | {"adapters": "folder"}).profile
+    assert not plan(adapters).table["part"].str.startswith("training of").any()
+
+
+def test_a_plan_measures_without_keeping(world, tmp_path, monkeypatch):
+    s, _ = world
+    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
+    assert planning._seconds(s.diffretriever(1, 1), s.test_collections[0], "passage") > 0
+    assert not list(tmp_path.rglob("encodings"))

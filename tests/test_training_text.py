@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gzip
+import shutil
+import subprocess
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -8,7 +11,16 @@ import pytest
 
 from diffret_lib.data import training_text
 from diffret_lib.data.docstrings import docstrings
-from diffret_lib.data.training_text import Text, clean, held_out_texts, read_installed, read_wheel, training_texts
+from diffret_lib.data.training_text import (
+    Text,
+    clean,
+    held_out_english,
+    held_out_texts,
+    read_deb,
+    read_installed,
+    read_wheel,
+    training_texts,
+)  # fmt: skip
 
 #: Thirteen words; a run of them in a collection and in another text is a leak.
 SHARED = "one two three four five six seven eight nine ten eleven twelve thirteen"
@@ -91,6 +103,15 @@ def test_text_shared_with_a_collection_is_dropped(packages):
     assert len(texts) == 1 and texts[0].startswith("Twelve")
 
 
+def test_text_shared_with_what_is_kept_apart_is_dropped(packages):
+    own = "This one is no copy. " + FILLER["good"]
+    excerpt = " ".join(held_out_english().split()[40:60])
+    wheel(packages, "dr_other", {"dr_other/b.py": module(f"Copied: {SHARED}. {own}", f"Novel: {excerpt} {own}", own)})
+    assert len([t for t in read(packages) if t.package == "dr-other"]) == 1  # the novel's excerpt is never read
+    texts = [t.text for t in read(packages, clear_of=[f"A passage: {own}"]) if t.package == "dr-other"]
+    assert texts == []
+
+
 def test_copies_are_dropped(packages):
     text = "This one is twice. " + FILLER["good"] + " The end of the text."
     wheel(packages, "dr_one", {"dr_one/a.py": module(text, text)})
@@ -101,7 +122,7 @@ def test_copies_are_dropped(packages):
 def test_no_package_dominates(packages):
     many = [f"Number {i} of many. {FILLER['good']} The end of number {i}." for i in range(50)]
     wheel(packages, "dr_big", {"dr_big/a.py": module(*many)})
-    texts = [t.text for t in read(packages, max_chars_per_package=1000) if t.package == "dr-big"]
+    texts = [t.text for t in read(packages, max_chars={"wheel": 1000, "deb": 10}) if t.package == "dr-big"]
     assert 1000 <= sum(map(len, texts)) < 1000 + max(map(len, many))
 
 
@@ -183,3 +204,28 @@ def test_installed_and_wheel_give_the_same(tmp_path, monkeypatch):
     assert list(read_installed("dr_pkg")) == expected and len(expected) == 2
     assert all(isinstance(t, Text) for t in expected)
     assert list(read_installed("dr-not-installed")) == []
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb")
+def test_debian_package(tmp_path, packages):
+    """Manuals and dictionaries: plain text, HTML, POD, gzip; no other language, changelog or picture."""
+    prose = [f"{FILLER['good']} This is text number {i} of the manual." for i in range(5)]
+    files = {
+        "doc/a.txt": prose[0], "doc/b.html": f"<html><body><p>{prose[1]}</p></body></html>", "doc/d.png": prose[0],
+        "doc/changelog.txt": prose[0], "doc/html/fr-FR/e.html": f"<p>{prose[0]} fr</p>", "doc/c.pod": f"=head1 {prose[2]}",
+        "dict/w.dict.dz": f"Heap \\Heap\\, n.\n   {prose[3]} [1913 Webster]\nTree\n   {{Oak}}. {prose[4]}\n",
+    }  # fmt: skip
+    root = tmp_path / "root"
+    for name, text in files.items():
+        path = root / "usr/share" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith("dz") else text.encode())
+    (root / "DEBIAN").mkdir()
+    (root / "DEBIAN/control").write_text("Package: dr-manual\nVersion: 1\nArchitecture: all\nMaintainer: x\nDescription: x\n")
+    deb = packages / "dr-manual_1_all.deb"
+    subprocess.run(["dpkg-deb", "--build", str(root), str(deb)], check=True, capture_output=True)
+    texts = read_deb(deb)
+    assert [t.text for t in texts if "dict" not in t.origin] == prose[:3]
+    (entry,) = [t.text for t in texts if "dict" in t.origin]
+    assert entry == f"Heap , n.\n   {prose[3]}\n\nTree\n   Oak. {prose[4]}"
+    assert {t.package for t in read(packages)} >= {"dr-manual", "dr-good"}

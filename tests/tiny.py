@@ -90,4 +90,4 @@ def tiny_backbone(folder: Path, family: str = "diffusion", seed: int = 0) -> Loa
     folder = Path(folder)
     if not (folder / "config.json").exists():
         tiny_folder(folder, seed)
-    return load_backbone(tiny_spec(folder, family), device="cpu")
+    return load_backbone(tiny_spec(folder, family), dtype="float32", device="cpu")

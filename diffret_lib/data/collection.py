@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,22 @@ import datasets
 import numpy as np
 from bm25s.stopwords import STOPWORDS_EN
 
-datasets.disable_progress_bars()
-datasets.logging.set_verbosity(logging.CRITICAL)  # a fault is raised, and named by the reader
+from diffret_lib.data.checks import identifier, numbers_by_id, strings, whole_number
+
 #: Columns of passages and of queries.
 FEATURES = datasets.Features({"id": datasets.Value("string"), "text": datasets.Value("string")})
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep ``datasets`` from drawing bars meanwhile."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def words(text: str) -> list[str]:
@@ -62,43 +75,53 @@ class Collection:
     name: str
     passage_rows: datasets.Dataset  #: with the columns ``id`` (unique) and ``text``; so is ``query_rows``
     query_rows: datasets.Dataset
-    qrels: dict[str, dict[str, int]]  #: relevance by query id and passage id
+    qrels: dict[str, dict[str, int]]  #: relevance by query id and passage id; above 0 is relevant
     coverage: str = "whole"  #: or what part of the collection this is, in words
-    description: str = ""  #: package and version, or folder and split
+    description: str = ""  #: package and version, or folder and split; what was found while reading
+    text_format: str = "text"  #: what of a passage its text is
+    missing: Sequence[str] = ()  #: judged passages that are not there: they count in the ideal ranking only
+    own: Sequence[str] = ()  #: ids of queries that are passages themselves, under the same id
 
     def __post_init__(self) -> None:
         if odd := sorted(set(self.query_ids) ^ self.qrels.keys()):
             raise ValueError(f"{self.name}: queries and judgements differ in their query ids: {', '.join(odd[:3])}")
-        if bare := [query_id for query_id in self.qrels if not self.relevant(query_id)]:
+        if bare := [query_id for query_id, judged in self.qrels.items() if not any(g > 0 for g in judged.values())]:
             raise ValueError(f"{self.name}: query {bare[0]!r} has no relevant passage")
 
     @classmethod
     def from_texts(
         cls, name: str, passage_ids: Sequence[str], passages: Sequence[str], query_ids: Sequence[str],
-        queries: Sequence[str], qrels: dict[str, dict[str, int]], coverage: str = "whole", description: str = "",
+        queries: Sequence[str], qrels: dict[str, dict[str, int]], **more: str,
     ) -> Collection:  # fmt: skip
-        """Make a collection in memory; ValueError for other lengths, ids that occur twice, and unknown ids."""
+        """Make a collection in memory; ``more`` are other attributes.
+
+        ValueError: other lengths, ids that occur twice or that a TREC run cannot hold, unknown ids, no strings.
+        """
+        numbers_by_id("qrels", qrels, whole=True)
         rows = []
-        for ids, texts in ((passage_ids, passages), (query_ids, queries)):
-            if twice := [i for i, count in Counter(ids).items() if count > 1]:
+        for what, ids, texts in (("passage", passage_ids, passages), ("query", query_ids, queries)):
+            strings(f"{what} ids", ids), strings(f"{what} texts", texts)
+            if twice := [i for i, count in Counter(map(identifier, ids)).items() if count > 1]:
                 raise ValueError(f"{name}: ids that occur twice: {', '.join(twice[:3])}")
             rows.append(datasets.Dataset.from_dict({"id": list(ids), "text": list(texts)}, features=FEATURES))
         if unknown := sorted(set().union(*qrels.values()) - set(passage_ids)):
             raise ValueError(f"{name}: the judgements name unknown passages: {', '.join(unknown[:3])}")
-        return cls(name, *rows, qrels, coverage, description)
+        return cls(name, *rows, qrels, **more)
 
     def save(self, folder: Path) -> None:
         """Write the collection into a folder; :meth:`load` reads it memory-mapped."""
-        self.passage_rows.save_to_disk(folder / "passages")
-        self.query_rows.save_to_disk(folder / "queries")
-        rest = {key: getattr(self, key) for key in ("name", "qrels", "coverage", "description")}
+        with quiet():
+            self.passage_rows.save_to_disk(folder / "passages")
+            self.query_rows.save_to_disk(folder / "queries")
+        rest = {field.name: getattr(self, field.name) for field in fields(self) if not field.name.endswith("_rows")}
         (folder / "collection.json").write_text(json.dumps(rest), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Collection:
         """Read what :meth:`save` has written."""
         rest = json.loads((folder / "collection.json").read_text(encoding="utf-8"))
-        passages, queries = (datasets.load_from_disk(folder / part) for part in ("passages", "queries"))
+        with quiet():
+            passages, queries = (datasets.load_from_disk(folder / part) for part in ("passages", "queries"))
         return cls(passage_rows=passages, query_rows=queries, **rest)
 
     passage_ids = property(lambda self: Column(self.passage_rows, "id"), doc="Ids of the passages.")
@@ -111,60 +134,102 @@ class Collection:
         return f"Collection({self.name!r}, {sizes}, coverage={self.coverage!r})"
 
     @cached_property
+    def excluded(self) -> np.ndarray | None:
+        """Row of the passage that is the query itself, int64 (n_queries,), -1 for none; None where no query has one.
+
+        BEIR's evaluation leaves such a passage out of the query's ranking (ArguAna, Quora).
+        """
+        own = set(self.own).intersection(self.query_ids if self.own else ())
+        rows = {passage: row for row, passage in enumerate(self.passage_ids) if passage in own} if own else {}
+        return np.array([rows.get(query, -1) for query in self.query_ids], np.int64) if rows else None
+
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over ids, texts and judgements, in order; name and description do not count."""
+        """SHA-256 (hex) over ids, texts, judgements and :attr:`excluded`; names and descriptions do not count."""
         digest = hashlib.sha256()
         for kind, ids, texts in (("passage", self.passage_ids, self.passages), ("query", self.query_ids, self.queries)):
             for key, text in zip(ids, texts, strict=True):
                 more = [sorted(self.qrels[key].items())] if kind == "query" else []
                 digest.update(json.dumps([kind, key, text, *more], separators=(",", ":")).encode() + b"\n")
+        if self.excluded is not None:
+            digest.update(self.excluded.tobytes())
         return digest.hexdigest()
 
     def relevant(self, query_id: str) -> list[str]:
-        """Ids of the passages of relevance above 0, sorted."""
-        return sorted(p for p, grade in self.qrels[query_id].items() if grade > 0)
+        """Ids of the passages of relevance above 0, sorted; none of :attr:`missing`."""
+        return sorted(p for p, grade in self.qrels[query_id].items() if grade > 0 and p not in self._missing)
 
-    def sample(self, n_queries: int | None, n_passages: int | None, seed: int = 0) -> Collection:
-        """Take a seeded random part: queries, all their relevant passages, and random other passages.
+    _missing = cached_property(lambda self: frozenset(self.missing))
 
-        No retriever has a say in which passages are taken: a pool of one's results would be biased.  Queries and
-        passages keep their order; with one seed a smaller sample's queries are among a larger one's.  None, or more
-        than there are, means all.  Queries are taken in seeded order up to the first whose relevant passages no longer
-        fit; ``coverage`` states the numbers reached.  ValueError when none fits, or a number is below 1.
+    def sample(
+        self, n_queries: int | None, n_passages: int | None, seed: int = 0,
+        hard: Mapping[str, Sequence[str]] | None = None,
+    ) -> Collection:  # fmt: skip
+        """Take a seeded random part: queries, all their relevant passages, and other passages, hard or random ones.
+
+        Queries and passages keep their order; with one seed a smaller sample's queries are among a larger one's.  None,
+        or more than there are, means all.  Queries are taken in seeded order up to the first whose relevant passages no
+        longer fit; ``coverage`` states the numbers reached.
+
+        ``hard`` maps query ids to passage ids, best first: after the relevant passages the first one of each query is
+        taken, then the second of each, and random ones when there are no more.  A pool of one retriever's results is
+        harder for that retriever than for others; without ``hard`` none has a say.
+
+        ValueError: no query fits, a number is no whole one of at least 1, or ``hard`` names unknown passages.
         """
         all_queries, all_passages = len(self.query_rows), len(self.passage_rows)
-        want_queries = min(n_queries, all_queries) if n_queries is not None else all_queries
-        want_passages = min(n_passages, all_passages) if n_passages is not None else all_passages
-        if min(want_queries, want_passages) < 1:
-            raise ValueError(f"{self.name}: n_queries and n_passages must be at least 1 or None")
+        want_queries, want_passages = (
+            there if asked is None else min(whole_number(name, asked), there)
+            for name, asked, there in (("n_queries", n_queries, all_queries), ("n_passages", n_passages, all_passages))
+        )
         if (want_queries, want_passages) == (all_queries, all_passages):
             return self
-        queries: set[str] = set()
+        queries: dict[str, None] = {}
         passages: set[str] = set()
         for query_id in seeded_order(self.query_ids, f"queries {seed}")[:want_queries]:
             enlarged = passages.union(self.relevant(query_id))
             if len(enlarged) > want_passages:
                 break
-            queries.add(query_id)
+            queries[query_id] = None
             passages = enlarged
         if not queries:
             raise ValueError(f"{self.name}: the passages of the first query do not fit into {want_passages} passages")
-        others = [p for p in seeded_order(self.passage_ids, f"passages {seed}") if p not in passages]
-        passages.update(others[: want_passages - len(passages)])
+        rounds = zip_longest(*((hard or {}).get(query_id, ()) for query_id in queries))
+        near = [p for p in dict.fromkeys(chain.from_iterable(rounds)) if p is not None and p not in passages]
+        near = near[: want_passages - len(passages)]
+        passages.update(near)
+        if unknown := passages.difference(self.passage_ids):
+            raise ValueError(f"{self.name}: hard names unknown passages: {', '.join(sorted(unknown)[:3])}")
+        others = (p for p in seeded_order(self.passage_ids, f"passages {seed}") if p not in passages)
+        passages.update(islice(others, want_passages - len(passages)))
         coverage = f"sample of {len(passages):,} of {all_passages:,} passages"
+        coverage += f", {len(near):,} of them hard" if hard else ""
         coverage += f", {len(queries):,} of {all_queries:,} queries"
         coverage += "" if self.coverage == "whole" else f" ({self.coverage})"
         return replace(self.restrict(passages, queries), coverage=coverage)
 
     def restrict(self, passage_ids: Iterable[str], query_ids: Iterable[str]) -> Collection:
-        """Take these passages and queries, in this collection's order; judgements of others go."""
+        """Take these passages and queries, in this collection's order; judgements of other passages go."""
         passages, queries = set(passage_ids), set(query_ids)
+        kept = passages | self._missing
         return replace(
             self,
             passage_rows=self.passage_rows.select([i for i, p in enumerate(self.passage_ids) if p in passages]),
             query_rows=self.query_rows.select([i for i, q in enumerate(self.query_ids) if q in queries]),
-            qrels={q: {p: r for p, r in self.qrels[q].items() if p in passages} for q in self.qrels if q in queries},
+            qrels={q: {p: r for p, r in self.qrels[q].items() if p in kept} for q in self.qrels if q in queries},
         )
+
+    def protocol(self) -> dict[str, Any]:
+        """How the collection is evaluated, beside metric and lengths: source, passage text, relevance, exclusion."""
+        excluded = 0 if self.excluded is None else int((self.excluded >= 0).sum())
+        return {
+            "collection": self.name,
+            "source": self.description,
+            "passage": self.text_format,
+            "relevant": "grade above 0",
+            "grades": ", ".join(map(str, sorted({g for judged in self.qrels.values() for g in judged.values()}))),
+            "excluded": f"the query itself ({excluded:,} queries)" if excluded else "nothing",
+        }
 
     def statistics(self) -> dict[str, Any]:
         """Sizes, relevant passages per query, mean lengths in words, coverage and fingerprint."""
@@ -196,7 +261,7 @@ def lexical_overlap(collection: Collection) -> dict[str, float]:
         run = words(query)
         content = set(run) - stop or set(run)
         relevant = [passage_words[p] for p in collection.relevant(query_id)]
-        if content:
+        if content and relevant:
             shares.append(np.mean([len(content.intersection(passage)) / len(content) for passage in relevant]))
         whole.append(any(contains_run(passage, run) for passage in relevant))
     return {"content_words": float(np.mean(shares or [0])), "whole_query": float(np.mean(whole or [0]))}

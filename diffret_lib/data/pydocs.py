@@ -188,7 +188,8 @@ def collection_of(found: dict[str, Any], split: str = "") -> Collection:
     qrels = {q: dict.fromkeys(relevant, 1) for q, relevant in found["qrels"].items()}
     texts = list(passages), list(passages.values()), list(queries), list(queries.values())
     description = f"docstrings of {package} {found['version']}"
-    whole = Collection.from_texts(f"pydocs/{package}", *texts, qrels, description=description)
+    about = {"description": description, "text_format": "docstring without name, signature and summary"}
+    whole = Collection.from_texts(f"pydocs/{package}", *texts, qrels, **about)
     if not split:
         return whole
     own = {p for p, group in found["groups"].items() if split_of(group) == split}

@@ -1,23 +1,29 @@
-"""Text for the adaptation of the embedded diffusion backbone: docstrings (nothing is imported) and descriptions.
+"""Text for the adaptation of the embedded diffusion backbone: docstrings, manuals and dictionaries.
 
-Packages that serve as a retrieval collection are never read, and a text that shares a run of 13 words with one of
-their docstrings is dropped, so that copied documentation does not leak in either.
+Docstrings come from Python packages (nothing is imported), manuals and dictionaries from Debian's packages.  Packages
+that serve as a retrieval collection are never read, and a text that shares a run of 13 words with one of their
+docstrings, or with a passage or query of another collection, is dropped: copies do not leak in either.
 """
 
 from __future__ import annotations
 
+import gzip
 import inspect
 import random
 import re
+import subprocess
 import sysconfig
+import tarfile
+import unicodedata
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from email import message_from_string
 from importlib import metadata
 from pathlib import Path
 from pydoc_data import topics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from lxml import html
 from tqdm import tqdm
 
 from diffret_lib.config import PACKAGES
@@ -38,7 +44,17 @@ INSTALLED_PACKAGES = (
 #: Some of them, for a short run: quick to read, and prose more than code.
 SHORT_PACKAGES = ("ipython", "traitlets", "nbconvert", "fsspec", "peft", "accelerate", "datasets")
 
+#: Manuals and dictionaries among Debian's packages, all free (``notebooks/adaptation-texts.sh`` fetches them).
+PLAIN_ENGLISH = (
+    "dict-gcide", "dict-wn", "dict-foldoc", "dict-jargon", "dict-devil", "debian-handbook", "debian-reference-en",
+    "developers-reference", "debian-policy",
+)  # fmt: skip
+#: Excerpts of Moby-Dick (1851) and of presidents' addresses to the Congress (1790 to 2016), in the public domain.
+HELD_OUT_ENGLISH = Path(__file__).with_name("held_out_english.txt")
+
 MIN_CHARS, MAX_CHARS = 120, 6000
+#: Characters that a package gives at most.
+MAX_CHARS_OF_A_PACKAGE = {"wheel": 300_000, "deb": 12_000_000}
 _SKIP_DIRS = re.compile(r"(^|/)(tests?|testing|_?vendor(ed)?|_?extern(al)?|node_modules|_pytest/_code)(/|$)")
 
 
@@ -103,6 +119,59 @@ def read_wheel(path: Path) -> list[Text]:
         return _texts(_normal(path.name.split("-")[0]), sorted(names), read, about)
 
 
+_DICTIONARY_MARKS = (r"\\[^\\\n]*\\", ""), (r"\[[^][\n]*(Webster|PJC|WordNet)[^][\n]*\]", ""), (r"[{}]", "")
+
+
+def _plain(name: str, raw: bytes) -> str | None:
+    """Text of a file of a manual or a dictionary, by its name; None for other files."""
+    if name.endswith((".gz", ".dz")):
+        name, raw = name[:-3], gzip.decompress(raw)
+    text = raw.decode("utf-8", "ignore")
+    if name.endswith(".dict"):
+        for pattern, by in _DICTIONARY_MARKS:
+            text = re.sub(pattern, by, text)
+        text = re.sub(r"\n(?=\S)", "\n\n", text)  # an entry begins where a line is not indented
+    elif name.endswith(".html"):
+        if not text.strip():
+            return None
+        parts = html.fromstring(raw).xpath("//p|//div[@class='para']|//li[not(p)]|//dd[not(p)]|//h1|//h2|//h3")
+        text = "\n\n".join(re.sub(r"\s+", " ", part.text_content()).strip() for part in parts)
+    elif name.endswith(".pod"):
+        text = re.sub(r"(?m)^=\w+ ?", "", re.sub(r"\b[A-Z]<([^<>]*)>", r"\1", text))
+    elif not name.endswith((".txt", ".rst")):
+        return None
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text cut at blank lines into pieces of at most ``MAX_CHARS`` characters, each as long as it can be."""
+    piece = ""
+    for paragraph in text.split("\n\n"):
+        if piece and len(piece) + len(paragraph) > MAX_CHARS:
+            yield piece
+            piece = ""
+        piece += paragraph[:MAX_CHARS].rstrip() + "\n\n"
+    yield piece
+
+
+def read_deb(path: Path) -> list[Text]:
+    """Texts of a Debian package file: its plain text, HTML, reStructuredText, POD and dictionary files.
+
+    ``dpkg-deb`` unpacks it (FileNotFoundError where there is none); changelogs and licences are left out.
+    """
+    package, found = path.name.split("_")[0], []
+    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(path)], stdout=subprocess.PIPE) as unpacked:
+        with tarfile.open(fileobj=unpacked.stdout, mode="r|") as archive:
+            for member in archive:
+                inside = member.isfile() and not re.search(r"changelog|copyright|NEWS|_sources/whatsnew", member.name)
+                text = _plain(member.name, archive.extractfile(member).read()) if inside else None
+                language = re.search(r"/html/([a-z]{2})-[A-Z]{2}/|\.([a-z]{2})\.(?:txt|html)", member.name)
+                if text and (language is None or "en" in language.groups()):
+                    found += [(f"{member.name}:{n}", piece) for n, piece in enumerate(_pieces(text))]
+    cleaned = [(origin, clean(text)) for origin, text in sorted(found)]
+    return [Text(package, origin, text) for origin, text in cleaned if _is_prose(text)]
+
+
 def read_standard_library() -> list[Text]:
     """Docstrings of the standard library and the language reference of ``pydoc_data.topics``."""
     reference = [
@@ -123,38 +192,47 @@ def word_ngrams(text: str, n: int = 13) -> set[int]:
 
 
 def training_texts(
-    wheels: Path | None = None, *, packages: Iterable[str] = INSTALLED_PACKAGES, standard_library: bool = True,
-    seed: int = 0, max_chars_per_package: int = 300_000,
+    folder: Path | None = None, *, packages: Iterable[str] = INSTALLED_PACKAGES, standard_library: bool = True,
+    clear_of: Iterable[str] = (), seed: int = 0, max_chars: Mapping[str, int] = MAX_CHARS_OF_A_PACKAGE,
 ) -> list[Text]:  # fmt: skip
     """Training texts, shuffled by ``seed``: no collection or held-out package, no copies, no leaked passage.
 
-    They are those of the installed ``packages``, of the wheels in the folder ``wheels``, and of the standard library.
-    A package gives about ``max_chars_per_package`` characters, chosen at random, so that none dominates.
+    They are those of the installed ``packages``, of the wheels and Debian packages in ``folder``, and of the standard
+    library.  ``clear_of`` are further texts with which none shares 13 words in a row.  A package gives about
+    ``max_chars`` characters, by the kind of its file, chosen at random, so that none dominates.
     """
-    leaked: set[int] = set()
+    leaked: set[int] = set().union(*map(word_ngrams, [*clear_of, held_out_english()]))
     for package in tqdm(PACKAGES, desc="indexing evaluation docstrings"):
         leaked.update(*(word_ngrams(item.text) for item in read_installed(package)))
-    sources = [(_normal(package), read_installed, package) for package in packages]
-    for path in sorted(Path(wheels).glob("*.whl")) if wheels else ():
-        sources.append((_normal(path.name.split("-")[0]), read_wheel, path))
+    sources: list[tuple[str, Callable[[Any], list[Text]], Any]] = [(_normal(p), read_installed, p) for p in packages]
+    for pattern, read in (("*.whl", read_wheel), ("*.deb", read_deb)):
+        for path in sorted(Path(folder).glob(pattern)) if folder else ():
+            sources.append((_normal(path.name.split("-" if read is read_wheel else "_")[0]), read, path))
     groups = {"python": read_standard_library() if standard_library else []}
+    limits = {"python": max_chars["wheel"]}
     barred = {_normal(package) for package in (*PACKAGES, *HELD_OUT_PACKAGES)}
     for package, read, source in tqdm(sources, desc="reading packages to train on"):
         if package not in barred and package not in groups:
             groups[package] = read(source)
+            limits[package] = max_chars["deb" if read is read_deb else "wheel"]
     rng = random.Random(seed)
     seen: set[str] = set()
     kept: list[Text] = []
-    for _, texts in sorted(groups.items()):
+    for package, texts in tqdm(sorted(groups.items()), desc="dropping copies"):
         rng.shuffle(texts)
         size = 0
         for item in texts:
-            if size < max_chars_per_package and item.text not in seen and not word_ngrams(item.text) & leaked:
+            if size < limits[package] and item.text not in seen and leaked.isdisjoint(word_ngrams(item.text)):
                 seen.add(item.text)
                 size += len(item.text)
                 kept.append(item)
     rng.shuffle(kept)
     return kept
+
+
+def held_out_english() -> str:
+    """Plain English that is never trained on: novels and speeches of the public domain."""
+    return HELD_OUT_ENGLISH.read_text(encoding="utf-8")
 
 
 def held_out_texts(packages: Iterable[str] = HELD_OUT_PACKAGES, per_package: int = 40) -> list[Text]:

@@ -6,7 +6,8 @@ decides whether it is read and searched once more at another Kq.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,11 +22,10 @@ from sklearn.preprocessing import StandardScaler
 
 from diffret_lib.cache import remember
 from diffret_lib.data.collection import Collection
-from diffret_lib.experiments.comparison import PAIR, per_query_best
-from diffret_lib.experiments.efficiency import seconds
+from diffret_lib.experiments.comparison import PAIR, RESAMPLES, paired, per_query_best
 from diffret_lib.experiments.study import Study, ranking
 from diffret_lib.models.readers import MaskedPositions
-from diffret_lib.retrieval.metrics import METRIC, Run, holm, macro_randomization_p
+from diffret_lib.retrieval.metrics import METRIC, Run, holm
 from diffret_lib.retrieval.search import SELECTION_MODE
 from diffret_lib.retrieval.systems import DiffRetriever
 
@@ -45,6 +45,7 @@ ALPHAS = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 _KEYS = ["collection", "query_id"]
 
 
+@torch.inference_mode()
 def mask_features(retriever: DiffRetriever, texts: Sequence[str], batch: int = 16) -> pd.DataFrame:
     """First five of :data:`FEATURES`, from one pass over the masked queries, ``batch`` texts at a time.
 
@@ -54,20 +55,14 @@ def mask_features(retriever: DiffRetriever, texts: Sequence[str], batch: int = 1
     for start in range(0, len(texts), batch):
         part = list(texts[start : start + batch])
         lengths = [len(ids) for ids in reader.text_ids(part, "query")[0]]
-        rows.append(summaries(reader, *masked_pass(retriever, part)).assign(tokens=lengths))
+        hidden = reader.masked(retriever.features(part, "query"))
+        rows.append(summaries(reader, hidden, reader.logits(hidden)).assign(tokens=lengths))
     return pd.concat(rows, ignore_index=True)[list(FEATURES)[:5]]
 
 
 @torch.inference_mode()
-def masked_pass(retriever: DiffRetriever, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states [n, Kq, H] and logits [n, Kq, V] at the positions that are read for queries."""
-    hidden = retriever.reader.masked(retriever.features(list(texts), "query"))
-    return hidden, retriever.reader.logits(hidden)
-
-
-@torch.inference_mode()
 def summaries(reader: MaskedPositions, hidden: torch.Tensor, logits: torch.Tensor) -> pd.DataFrame:
-    """Entropies, distinct tokens and cosine of :func:`masked_pass`, a row a query."""
+    """Entropies, distinct tokens and cosine of hidden states [n, Kq, H] and logits [n, Kq, V], a row a query."""
     greedy = logits.argmax(-1)
     valid = reader.before_special(greedy)
     entropy = torch.special.entr(logits.float().softmax(-1)).sum(-1)
@@ -198,27 +193,27 @@ def allocator_model_table(allocator: KAllocator, values: pd.DataFrame) -> pd.Dat
     Columns k_query, mean_gain (over the default), ties (share of the queries on which it equals the default), r2 (held
     out), alpha, margin, margin_gain (held out), and each feature's coefficient (nDCG@10 for one standard deviation).
     """
-    ridge = allocator.model_[-1]
-    gains = [values[k] - values[allocator.default] for k in allocator.counts_]
+    ridge, gains = allocator.model_[-1], values[allocator.counts_].sub(values[allocator.default], axis=0)
     table = pd.DataFrame({
-        "k_query": allocator.counts_, "mean_gain": [gain.mean() for gain in gains],
-        "ties": [np.isclose(gain, 0).mean() for gain in gains], "r2": list(allocator.r2_.values()),
-        "alpha": ridge.alpha_, "margin": allocator.margin_, "margin_gain": allocator.margin_gains_[allocator.margin_],
+        "k_query": allocator.counts_, "mean_gain": gains.mean().to_numpy(), "ties": np.isclose(gains, 0).mean(0),
+        "r2": list(allocator.r2_.values()), "alpha": ridge.alpha_, "margin": allocator.margin_,
+        "margin_gain": allocator.margin_gains_[allocator.margin_],
     })  # fmt: skip
     return table.join(pd.DataFrame(np.atleast_2d(ridge.coef_), columns=allocator.feature_names_in_))
 
 
 def allocator_table(
-    values: pd.DataFrame, chosen: pd.Series, default: int, *, resamples: int, seed: int, chance: Mapping | None = None
-) -> pd.DataFrame:
+    values: pd.DataFrame, chosen: pd.Series, default: int, *, resamples: int = RESAMPLES, seed: int = 0,
+    chance: pd.Series | None = None,
+) -> pd.DataFrame:  # fmt: skip
     """Compare the allocator with the default Kq and the oracle over Kq.
 
-    ``values`` is from :func:`count_values`, ``chosen`` the Kq of every query (ValueError when one has none), and
-    ``chance`` the chance level of the oracle's headroom over Kq by collection.  A row for each collection, and one for
-    ``macro``, their mean.  Columns collection, queries, selected, adaptive, oracle_kq, headroom (oracle_kq less
-    selected), chance, gain (adaptive less selected), closed (gain / headroom; nan without any), closed_low, closed_high
-    (95 % bootstrap interval over queries), p (sign flips, that the gain is 0), mean_kq and changed (share that leaves
-    the default); interval and p are of macro alone.
+    ``values`` is from :func:`count_values`; ``chosen`` has the Kq of every query (ValueError when one has none), and
+    ``chance`` the chance level of the oracle's headroom over Kq.  A row for each collection, and one for ``macro``,
+    their mean.  Columns collection, queries, selected, adaptive, oracle_kq, headroom (oracle_kq less selected), chance,
+    gain (adaptive less selected), low, high, p and detectable (of the macro gain, as of
+    :func:`~diffret_lib.experiments.comparison.paired`), closed (gain / headroom; nan without any), mean_kq and changed
+    (share that leaves the default).
     """
     chosen = chosen.reindex(values.index)
     if chosen.isna().any():
@@ -226,78 +221,56 @@ def allocator_table(
     taken = values.to_numpy()[np.arange(len(values)), values.columns.get_indexer(chosen.astype(int))]
     frame = pd.DataFrame({"selected": values[default], "adaptive": taken, "oracle_kq": values.max(axis=1)})
     frame["headroom"], frame["gain"] = frame["oracle_kq"] - frame["selected"], frame["adaptive"] - frame["selected"]
+    frame["chance"] = np.nan if chance is None else chance.reindex(values.index)
     frame["mean_kq"], frame["changed"] = chosen, chosen != default
     groups = frame.astype(float).groupby(level="collection", sort=False)
-    table = groups.mean().assign(chance=pd.Series(chance or {}, dtype=float))
+    table = groups.mean()
     table.loc["macro"] = table.mean()
     table["queries"] = [*groups.size(), len(frame)]
     # of a collection or a mean without headroom there is nothing to close
     table["closed"] = table["gain"] / table["headroom"].where(table["headroom"] > 1e-12)
-    parts = {c: (g["gain"].to_numpy(), g["headroom"].to_numpy()) for c, g in groups}
-    p = macro_randomization_p({c: gain for c, (gain, _) in parts.items()}, resamples, seed)
-    macro_alone = ["closed_low", "closed_high", "p"]
-    table.loc["macro", macro_alone] = (*_closed_interval(list(parts.values()), resamples, seed), p)
-    order = ["queries", "selected", "adaptive", "oracle_kq", "headroom", "chance", "gain", "closed", *macro_alone,
-             "mean_kq", "changed"]  # fmt: skip
-    return table[order].rename_axis("collection").reset_index()
+    found = paired({c: gain.to_numpy() for c, gain in groups["gain"]}, resamples, seed)
+    tested = ["low", "high", "p", "detectable"]
+    table.loc["macro", tested] = [found[name] for name in tested]
+    order = "queries selected adaptive oracle_kq headroom chance gain low high p detectable closed mean_kq changed"
+    return table[order.split()].rename_axis("collection").reset_index()
 
 
-def _closed_interval(parts: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap interval of macro gain / macro headroom; queries are drawn within each collection."""
-    if min(len(gain) for gain, _ in parts) < 2 or not any(headroom.any() for _, headroom in parts):
-        return float("nan"), float("nan")
+class Allocation(NamedTuple):
+    """An allocator that was fitted on the training collection: what it learned and does on the test collections.
 
-    def share(*drawn: np.ndarray, axis: int = -1) -> np.ndarray:
-        both = list(zip(parts, drawn, strict=True))
-        gain, headroom = (sum(part[side][i.astype(int)].mean(axis) for part, i in both) for side in (0, 1))
-        return np.divide(gain, headroom, out=np.zeros_like(gain), where=headroom > 0)
-
-    # places are drawn, so that a query's gain and headroom stay together
-    interval = stats.bootstrap(
-        [np.arange(len(gain)) for gain, _ in parts], share, n_resamples=resamples, batch=200, vectorized=True,
-        method="percentile", rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return float(interval.low), float(interval.high)
-
-
-def allocator_latency(study: Study, texts: Sequence[str], pair: tuple[int, int], chosen: Sequence[int]) -> pd.DataFrame:
-    """Milliseconds that the allocator costs a query, read alone; searching is not in it.
-
-    ``pair`` is (Kq, Kp) with the default Kq, and ``chosen`` the allocator's Kq for each text.  Columns step, queries,
-    median_ms, q25_ms, q75_ms, mean_ms; the steps: one pass (what a fixed Kq costs), the features' arithmetic, and the
-    whole (with a second pass where Kq changes).
+    Features of the test queries, and the tables of :func:`allocator_model_table` and :func:`allocator_table`.
     """
-    default, k_passage = pair
-    retrievers = {k: study.diffretriever(k, k_passage) for k in {default, *map(int, chosen)}}
-    reader, device = retrievers[default].reader, study.backbone("diffusion").device
-    for retriever in retrievers.values():
-        masked_pass(retriever, texts[:1])  # warm-up
-    times = []
-    for text, k in zip(texts, map(int, chosen), strict=True):
-        found = masked_pass(retrievers[default], [text])
-        first = seconds(lambda text=text: masked_pass(retrievers[default], [text]), device)
-        features = seconds(lambda found=found: summaries(reader, *found), device)
-        second = seconds(lambda text=text, k=k: masked_pass(retrievers[k], [text]), device) if k != default else 0.0
-        times.append((first, features, first + features + second))
-    ms = 1000 * np.array(times)
-    low, median, high = np.quantile(ms, [0.25, 0.5, 0.75], axis=0)
-    steps = {"step": ["one pass at the default Kq", "features", "allocator"], "queries": len(texts)}
-    return pd.DataFrame(steps | {"median_ms": median, "q25_ms": low, "q75_ms": high, "mean_ms": ms.mean(0)})
+
+    features: pd.DataFrame
+    learned: pd.DataFrame
+    outcome: pd.DataFrame
 
 
-def allocator_summary(table: pd.DataFrame, learned: pd.DataFrame, latency: pd.DataFrame) -> str:
-    """Say in words (Markdown) what the allocator's tables hold: outcome, what it learned, and its cost."""
-    macro, cost, r2 = table.iloc[-1], latency.set_index("step")["mean_ms"], learned["r2"].max()
+def allocate(study: Study, queries: pd.DataFrame) -> Allocation:
+    """Fit an allocator on the training collection and apply it to all test collections, at the selected Kp.
+
+    ``queries`` is from :func:`~diffret_lib.experiments.oracle.oracle_queries`, for the chance level.
+    """
+    pair, seed = study.selected, study.profile.seed
+    known, values = count_values(study.train_grid, pair[1]), count_values(study.test_grid, pair[1])
+    train = query_features(study, study.train_collection, pair).loc[known.index]
+    features = pd.concat([query_features(study, c, pair) for c in study.test_collections])
+    allocator = KAllocator(default=pair[0], seed=seed).fit(train, known)
+    chosen = pd.Series(allocator.predict(features.loc[values.index]), values.index)
+    outcome = allocator_table(values, chosen, pair[0], seed=seed, chance=queries.set_index(_KEYS)["chance_kq"])
+    return Allocation(features, allocator_model_table(allocator, known), outcome)
+
+
+def allocator_answer(outcome: pd.DataFrame) -> str:
+    """One sentence (Markdown) on :func:`allocator_table`."""
+    macro = outcome.iloc[-1]
     verdict = ("a gain" if macro["gain"] > 0 else "a loss") if macro["p"] < 0.05 else "no clear difference"
     if not macro["changed"]:
         verdict = "it never leaves the default, as cross-validation found no margin that pays"
-    return f"""\
-- The allocator changes {macro["changed"]:.0%} of the queries (mean Kq {macro["mean_kq"]:.1f}) and moves macro nDCG@10
-  by **{macro["gain"]:+.4f}** (p = {macro["p"]:.3g}): {verdict}.
-- It closes **{macro["closed"]:.1%}** [{macro["closed_low"]:.1%}, {macro["closed_high"]:.1%}] of the headroom
-  ({macro["headroom"]:.3f}; by chance {macro["chance"]:.3f}).
-- Best held-out R² is {r2:.2f} (0: no better than the mean). On {learned["ties"].mean():.0%} of the training queries
-  another Kq gives the default's nDCG@10. The margin {learned["margin"].iloc[0]:g} gains
-  {learned["margin_gain"].iloc[0]:+.4f} held out.
-- Reading a query costs {cost["allocator"]:.1f} ms on average and {cost["one pass at the default Kq"]:.1f} ms at a
-  fixed Kq; the features take {cost["features"]:.2f} ms."""
+    return (
+        f"Chosen without relevance judgements, Kq changes for {macro['changed']:.0%} of the queries and moves nDCG@10 "
+        f"by **{macro['gain']:+.4f}** [{macro['low']:+.4f}, {macro['high']:+.4f}] (p = {macro['p']:.2g}; detectable "
+        f"{macro['detectable']:.4f}), of a headroom of {macro['headroom']:.3f}, {macro['chance']:.3f} of it chance: "
+        f"{verdict}."
+    )

@@ -1,27 +1,28 @@
 """The ledger of the paper's seven claims: tests on the saved tables, and their verdicts.
 
-Rules are the same for every profile; p is two-sided and corrected by Holm over all tests of the ledger that have one;
-intervals are two-sided at 95 %.
+The tests, their families and directions are written down in ``claims.yaml`` (:func:`declared` shows them), the same for
+every profile.  All are on the out-of-domain collections; p is two-sided, intervals are two-sided at 95 %, over the
+queries of the given collections.  Intervals over collections as well stand beside.  Directions:
 
 ``greater``
-    A gain: supported when the corrected p is below :data:`ALPHA` and the difference is positive, contradicted when it
-    is as clear and negative.
+    A gain: supported when p is below :data:`ALPHA` and the value positive, contradicted when it is as clear and
+    negative.
 ``clear gain``
-    A gain that matters: as ``greater``, but contradicted when the whole interval lies below :data:`MARGIN`.
+    A gain that matters: as ``greater``, but contradicted when the whole interval lies below the bound.
 ``no gain``
-    No gain, which a large p cannot show: supported when the whole interval lies below :data:`MARGIN`, contradicted
-    when there is a clear positive difference, however small.
-``at most``, ``at least``
-    A size: supported when the whole interval lies on the claimed side of a bound, contradicted when it lies on the
-    other (one-sided at 2.5 %; the claim needs all of them, so no correction is needed).
+    No gain, which a large p cannot show: supported when the whole interval lies below the bound, contradicted when
+    there is a clear positive difference, however small.
+``at most``
+    A size: supported when the whole interval lies at or below the bound, contradicted when it lies above.
+``about``
+    A ratio: supported when the whole interval lies within a factor :data:`NEAR` of the bound, contradicted when it lies
+    outside.
 
-Whatever is neither is inconclusive.  A claim is supported when every test that counts is, contradicted when one is,
-and inconclusive otherwise.  Claims 1 to 3 are tested on what there is, zero-shot or fine-tuned; the others need all of
-their tests.  Effectiveness is averaged over the out-of-domain collections; the oracle's headroom covers all.
-
-The loss of claim 6 and the headroom beyond chance of claim 7 have no unbiased estimate: the interval that counts
-reaches from the lower bound of one that is too small to the upper bound of one that is too large (decided after a look
-at runs in which the two disagreed).
+Whatever is neither is inconclusive.  Only tests that count enter a correction.  In a family ``each`` they are
+statements of their own: p is corrected by Holm over the family, and the verdict names the ones that hold.  In a family
+``all`` the claim needs every one: by the intersection-union rule it is supported when each is by its raw p, and
+contradicted when one is by Holm's.  A test of an undertrained system
+(:func:`~diffret_lib.experiments.comparison.undertrained`) enters no verdict.
 """
 
 from __future__ import annotations
@@ -29,162 +30,129 @@ from __future__ import annotations
 import json
 import math
 import string
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import yaml
 
 from diffret_lib.cache import write_text
-from diffret_lib.config import SPLIT_PACKAGE
-from diffret_lib.experiments.comparison import PAIR, comparison_name, per_query_best
-from diffret_lib.retrieval.metrics import METRIC, holm, macro_interval, macro_randomization_p
-from diffret_lib.retrieval.search import MODES, SELECTION_MODE
+from diffret_lib.experiments.comparison import (
+    RESAMPLES,
+    by_system,
+    comparison_name,
+    differences,
+    held_out_losses,
+    paired,
+    undertrained,
+)
+from diffret_lib.retrieval.metrics import holm, macro_average
 
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
 INCONCLUSIVE, NOT_TESTED = "inconclusive at this scale", "not tested"
 
-#: Corrected p-values below it are clear.
+#: p-values below it are clear.
 ALPHA = 0.05
-#: nDCG@10 that counts as little: 5 % of 0.4, which is not noticeable by Spärck Jones's rule of thumb (1974).
-MARGIN = 0.02
-#: "About the latency of": up to a quarter more, the usual upper limit of equivalence (as in bioequivalence).
-SAME_LATENCY = 1.25
-#: "Costs several times as much": twice, well below the paper's own ratios, which hold for its hardware.
-SEVERAL_TIMES = 2.0
-#: Resamples of intervals and tests, whatever the profile: the least p must stay below ALPHA after the correction.
-RESAMPLES = 10_000
-#: Latency of multi over single in the paper, by the number N of decoded tokens.
-PAPER_RATIOS = {20: "about 15x", 4: "about 3x"}
+#: "About" a ratio: between the ratio divided by it and the ratio times it.
+NEAR = 1.5
+#: Directions of a claimed gain.
+GAINS = ("greater", "clear gain")
 #: The notebook that writes each table or record.
 PRODUCERS = {
     "grid_per_query": "02_mask_count_ablation", "selected_pair": "02_mask_count_ablation",
     "per_query": "04_evaluation", "oracle_chance": "05_per_query_optimal_k", "claim4_ratios": "06_efficiency",
 }  # fmt: skip
 #: A column that tables of earlier versions lack.
-TYPED = {"oracle_chance": "kind", "claim4_ratios": "count"}
-#: The systems that DiffRetriever is compared with after fine-tuning.
-OTHERS = ("DiffEmbed", "PromptReps single", "PromptReps multi", "RepLLaMA")
+TYPED = {"oracle_chance": "detectable", "claim4_ratios": "quantity"}
 
+#: What a test has that compares no two systems of a table.
+SOURCES = {
+    "held-out losses": "best pair by the other half of the queries (hybrid) − selected pair",
+    "best fixed": "per-query oracle less chance (hybrid) − best fixed pair",
+    "selected": "per-query oracle less chance (hybrid) − selected pair",
+    "fine-tuning": "per-query oracle, frozen, less chance (hybrid) − DiffRetriever multi, fine-tuned",
+}  # fmt: skip
 DIFFERENCE, RATIO = "macro difference of nDCG@10", "ratio of latencies"
+NUMBERS = ["value", "low", "high", "low_all", "high_all", "p", "p_corrected", "p_all", "detectable", "needed_queries"]
+_ABOUT = ["claim", "id", "family", "comparison", "training", "mode", "direction", "statistic", "bound", "counts"]
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Test:
-    """One test of a claim: a statistic and its 95 % interval, held against ``bound`` by the rule.
-
-    Missing numbers are nan, among them p of a ratio or a loss; ``queries`` and ``collections`` are 0 where the table
-    does not say.  ``counts``: the claim's verdict depends on the test.  ``paper``: the paper's own value.
-    """
-
-    __test__ = False  # no test of pytest's
-
-    claim: int
-    comparison: str
-    rule: str = "greater"
-    statistic: str = DIFFERENCE
-    bound: float = 0.0
-    value: float = math.nan
-    low: float = math.nan
-    high: float = math.nan
-    p: float = math.nan
-    p_corrected: float = math.nan
-    queries: int = 0
-    collections: int = 0
-    counts: bool = True
-    paper: str = ""
-    note: str = ""
-    id: str = ""
-    verdict: str = NOT_TESTED
+def _texts() -> list[dict[str, Any]]:
+    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A claim of the paper, in our words (``claims.yaml``), with its tests and verdict."""
-
-    id: int
-    statement: str
-    verdict: str
-    paper: str
-    tests: list[Test]
-    evidence: list[str]
-    not_shown: str
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """All claims of one run of the study."""
-
-    profile: str
-    claims: list[Claim]
-
-    def tests(self) -> pd.DataFrame:
-        """One row a test, in the order of the ledger; the columns are the attributes of :class:`Test`."""
-        rows = pd.DataFrame([asdict(test) for claim in self.claims for test in claim.tests])
-        return rows[["claim", "id", *rows.columns.drop(["claim", "id"])]]
-
-    def verdicts(self) -> pd.DataFrame:
-        """One row a claim: claim, statement, verdict, tests (their own verdicts), paper, evidence, not_shown."""
-        rows = pd.DataFrame([asdict(claim) for claim in self.claims]).rename(columns={"id": "claim"})
-        rows["tests"] = ["; ".join(f"{t.id} {t.verdict}" for t in c.tests if t.counts) for c in self.claims]
-        rows["evidence"] = rows["evidence"].map(", ".join)
-        return rows[["claim", "statement", "verdict", "tests", "paper", "evidence", "not_shown"]]
+def _planned() -> list[Row]:
+    """All tests as they are declared, one row each."""
+    rows = []
+    for number, claim in enumerate(_texts(), 1):
+        lists = [{k: v if isinstance(v, list) else [v] for k, v in test.items()} for test in claim["tests"]]
+        tests = [dict(zip(test, values)) for test in lists for values in product(*test.values())]
+        for letter, test in zip(string.ascii_lowercase, tests):
+            row = {"claim": number, "id": f"{number}{letter}", "family": claim["family"], "bound": 0.0, "counts": True}
+            row |= {"statistic": RATIO if "system" in test else DIFFERENCE, "note": "", "training": "", "mode": ""}
+            row |= test
+            rows.append({"comparison": _label(row)} | row)
+    return rows
 
 
-class _Missing(Exception):
-    """A table or row that a test needs; the message names what makes it."""
+def _label(test: Row) -> str:
+    if "system" in test:
+        return f"{test['system']} {test['count']} against one, {test['quantity']}, batch {test['batch']}"
+    if "source" in test:
+        return SOURCES[test["source"]]
+    names = comparison_name(test["better"], test["training"]), _other(test)
+    return "{} ({}) − {} ({})".format(names[0], test["mode"], names[1], test.get("against", test["mode"]))
 
 
-def _named(system: str, training: str, mode: str = SELECTION_MODE) -> str:
-    """A system in a mode, without the number of tokens that it decodes."""
-    return f"{comparison_name(system, training)} ({mode})"
+def _other(test: Row) -> str:
+    return comparison_name(test["than"], "zero-shot" if test["than"] == "BM25" else test["training"])
 
 
-#: The system of claims 5 and 7.
-_OURS = _named("DiffRetriever multi", "fine-tuned")
+def declared() -> pd.DataFrame:
+    """The tests before any number; columns claim, id, family, comparison, training, mode, direction, statistic, bound
+    and counts."""
+    return pd.DataFrame(_planned())[_ABOUT]
 
 
 @dataclass
 class _Saved:
-    """The saved tables, of the out-of-domain collections alone where they have collections."""
+    """The saved tables, of some collections alone where they have collections."""
 
     folder: Path
     profile: str
+    collections: Sequence[str]
     resamples: int
     seed: int
 
-    def missing(self, what: str, name: str) -> _Missing:
-        return _Missing(f"{what}; notebook {PRODUCERS[name]} writes it: make reproduce PROFILE={self.profile}")
+    def missing(self, what: str, name: str) -> ValueError:
+        return ValueError(f"{what}; notebook {PRODUCERS[name]} writes it: make reproduce PROFILE={self.profile}")
 
     def table(self, name: str) -> pd.DataFrame:
         path = self.folder / "tables" / f"{name}.csv"
         if not path.is_file():
             raise self.missing(f"tables/{name}.csv is not there", name)
-        frame = pd.read_csv(path, dtype={"query_id": str})
+        frame = pd.read_csv(path, dtype={"query_id": str}, keep_default_na=False, na_values=[""])
         if TYPED.get(name, "") not in ["", *frame]:
             raise self.missing(f"tables/{name}.csv has no column {TYPED[name]}", name)
-        if "collection" in frame:
-            frame = frame[(frame["metric"] == METRIC) & ~frame["collection"].str.startswith(f"pydocs/{SPLIT_PACKAGE}")]
         return frame
 
     @cached_property
-    def systems(self) -> dict[str, pd.DataFrame]:
-        """The rows of ``per_query`` of each system and mode, indexed by collection and query."""
-        frame = self.table("per_query").set_index(["collection", "query_id"]).sort_index()
-        names = map(_named, frame["system"], frame["training"], frame["mode"])
-        return dict(list(frame.groupby(list(names))))
+    def per_query(self) -> pd.DataFrame:
+        return self.table("per_query")
 
-    def values(self, system: str) -> pd.Series:
-        """nDCG@10 by collection and query."""
-        if system not in self.systems:
-            what = f"per_query.csv has no rows of {system}"
-            if not any(", fine-tuned (" in name for name in self.systems):
-                raise _Missing(f"{what}; no system is fine-tuned in it")
-            raise self.missing(what, "per_query")
-        return self.systems[system]["value"]
+    @cached_property
+    def systems(self) -> dict[tuple[str, str], pd.Series]:
+        return dict(by_system(self.per_query, self.collections))
+
+    @cached_property
+    def undertrained(self) -> dict[str, str]:
+        return undertrained(self.per_query, self.resamples, self.seed)
 
     @cached_property
     def selected(self) -> tuple[int, int]:
@@ -194,256 +162,241 @@ class _Saved:
             raise self.missing("run.json has no selected_pair", "selected_pair")
         return tuple(map(int, run["results"]["selected_pair"]))
 
-    @cached_property
-    def grid(self) -> pd.DataFrame:
-        """Rows of the grid in the mode of the selection, the selected pair among them."""
-        cells = self.table("grid_per_query")
-        cells = cells[cells["mode"] == SELECTION_MODE]
-        if self.selected not in set(zip(cells["k_query"], cells["k_passage"])):
-            raise self.missing(f"grid_per_query.csv has no test rows of the pair {self.selected}", "grid_per_query")
-        return cells
-
-    def paired(self, test: Test, better: pd.Series, than: pd.Series) -> Test:
-        """The test with the macro average of the paired differences."""
-        if not better.index.equals(than.index):
-            raise self.missing("the two were not evaluated on the same queries", "per_query")
-        values = {c: d.to_numpy() for c, d in (better - than).groupby(level="collection")}
-        value, low, high = macro_interval(values, self.resamples, self.seed)
-        p = macro_randomization_p(values, self.resamples, self.seed)
-        return replace(test, value=value, low=low, high=high, p=p, queries=len(better), collections=len(values))
+    def paired(self, values: dict[str, np.ndarray], test: Row) -> Row:
+        bound = test["bound"] if test["direction"] in ("no gain", "at most") else 0.0
+        return paired(values, self.resamples, self.seed, bound)
 
 
-def _compared(saved: _Saved, test: Test) -> list[Test]:
-    """The two systems that the test's comparison names."""
-    return [saved.paired(test, *map(saved.values, test.comparison.split(" − ")))]
-
-
-def _ratios(saved: _Saved, test: Test) -> list[Test]:
-    """Ratios of latencies, one test a count; of DiffRetriever the most masks decide."""
-    system = test.comparison.split()[0]
-    rows = saved.table("claim4_ratios").sort_values("count", ascending=False, kind="stable")
-    rows = rows[rows["system"] == system].drop_duplicates("count")
-    if rows.empty:
-        raise saved.missing(f"claim4_ratios.csv has no row of {system}", "claim4_ratios")
-    most, masks = rows["count"].max(), system == "DiffRetriever"
-    return [
-        replace(
-            test, comparison=r.comparison, value=r.ratio, low=r.ratio_low, high=r.ratio_high,
-            counts=not masks or bool(r.count == most), paper=test.paper if masks else PAPER_RATIOS.get(r.count, ""),
-            note=f"vectors of a text: {r.vectors_a:g} against {r.vectors_b:g}",
-        )
-        for r in rows.itertuples()
-    ]  # fmt: skip
-
-
-def _best_mode(saved: _Saved, system: str) -> str:
-    """A fine-tuned system in its best mode in hindsight; in the first if there is none."""
-    names = [_named(system, "fine-tuned", mode) for mode in MODES]
+def _compared(saved: _Saved, test: Row) -> Row:
+    """Two systems, each in its mode; one that is undertrained leaves the test without a number."""
+    ours, other = comparison_name(test["better"], test["training"]), _other(test)
+    for name in (ours, other):
+        if name in saved.undertrained:
+            return {"counts": False, "note": f"{name}: {saved.undertrained[name]}"}
+    against = test.get("against", test["mode"])
+    if against == "best":
+        averages = {mode: _macro(values) for (name, mode), values in saved.systems.items() if name == other}
+        against = max(averages, key=averages.get, default="dense")
     try:
-        means = {n: saved.values(n).groupby(level="collection").mean().mean() for n in names if n in saved.systems}
-    except _Missing:
-        means = {}
-    return max(means, key=means.get, default=names[0])
+        values = differences(saved.systems, (ours, test["mode"]), (other, against))
+    except ValueError as error:
+        raise saved.missing(str(error), "per_query") from error
+    return saved.paired(values, test) | {"comparison": f"{ours} ({test['mode']}) − {other} ({against})"}
 
 
-def transfer_losses(values: pd.DataFrame, selected: tuple[int, int], *, splits: int = 100, seed: int = 0):
-    """Per-query losses of the selected pair against a collection's own best pair; both choose it where it ties.
-
-    ``values`` has one row a query and one column a pair (Kq, Kp).  Returns two arrays of float, shape (queries,).  The
-    first is cross-fitted: the best pair is chosen on the half of the queries that the query is not in, averaged over
-    ``splits`` random halvings (too small on average; nan for a single query).  For the second the pair is chosen in
-    hindsight, on the queries that it is scored on (too large on average).
-    """
-    cells = values.to_numpy(float)
-    own, n = values.columns.get_loc(selected), len(values)
-
-    def best(rows: np.ndarray | slice) -> int:
-        means = cells[rows].mean(0).round(9)  # equal sums may differ in the last digit
-        return own if means[own] == means.max() else int(means.argmax())
-
-    hindsight = cells[:, best(slice(None))] - cells[:, own]
-    if n < 2:
-        return np.full(n, np.nan), hindsight
-    cross_fitted, rng = np.zeros(n), np.random.default_rng(seed)
-    for _ in range(splits):
-        halves = np.array_split(rng.permutation(n), 2)
-        for chosen_on, scored_on in (halves, halves[::-1]):
-            cross_fitted[scored_on] += cells[scored_on, best(chosen_on)] - cells[scored_on, own]
-    return cross_fitted / splits, hindsight
+def _macro(values: pd.Series) -> float:
+    return macro_average({c: v.to_numpy() for c, v in values.groupby(level="collection")})
 
 
-def _losses(saved: _Saved, test: Test) -> list[Test]:
-    """The loss of the selected pair: its enclosure, which counts, and the two estimates that enclose it."""
-    pair, low, high = saved.selected, {}, {}
-    for collection, cells in saved.grid.groupby("collection"):
-        values = cells.pivot(index="query_id", columns=PAIR, values="value")
-        low[collection], high[collection] = transfer_losses(values, pair, seed=saved.seed)
-    test = replace(test, queries=sum(map(len, low.values())), collections=len(low))
-    low, high = (macro_interval(losses, saved.resamples, saved.seed) for losses in (low, high))
-    both = (low[0] + high[0]) / 2, low[1], high[2]
-    ends = "from the lower bound of the cross-fitted to the upper bound of the one in hindsight"
-    return [
-        replace(
-            test, comparison=f"each collection's best pair{name} − selected pair {pair}", counts=note == ends,
-            value=value, low=low, high=high, note=f"{note}; zero-shot, {SELECTION_MODE}",
-        )
-        for name, note, (value, low, high) in (
-            (", both estimates", ends, both),
-            (", cross-fitted", "too small on average", low),
-            (" in hindsight", "too large on average", high),
-        )
-    ]  # fmt: skip
-
-
-def _headroom(saved: _Saved, test: Test) -> list[Test]:
-    """The oracle's headroom over fixed pairs beyond chance."""
-    table = saved.table("oracle_chance")
-    rows = table[table["kind"] == "beyond chance"]
+def _ratio(saved: _Saved, test: Row) -> Row:
+    """The ratio of a number of vectors to one vector."""
+    system, count = test["system"], saved.selected[0] if test["count"] == "selected" else test["count"]
+    if count == 1:
+        return {"counts": False, "note": "the selected pair has one mask a query"}
+    rows = saved.table("claim4_ratios")
+    for column in ("system", "quantity", "batch"):
+        rows = rows[rows[column] == test[column]]
+    rows = rows[(rows["count"] == count) & (rows["decoding"] != "as answered")]
     if rows.empty:
-        raise saved.missing("oracle_chance.csv has no row beyond chance", "oracle_chance")
-    rows = rows.sort_values("reference", key=lambda r: r != "best fixed", kind="stable")
-    rows["comparison"] = "oracle, " + rows["quantity"] + " (" + rows["method"] + ")"
-    rows["p"] = np.minimum(1.0, 2 * rows["p"])  # one-sided in the table
-    best = rows[rows["reference"] == "best fixed"]
-    if len(best) > 1:
-        both = best.agg({"value": "mean", "low": "min", "high": "max", "p": "max", "queries": "min"}).to_frame().T
-        both["comparison"] = "oracle, beyond chance over best fixed (both estimates)"
-        rows = pd.concat([both, rows])
-    rows = rows[["comparison", "value", "low", "high", "p", "queries"]].astype({"queries": int})
-    return [replace(test, **row, counts=i == 0) for i, row in enumerate(rows.to_dict("records"))]
+        what = f"{system} {count} against one, {test['quantity']}, batch {test['batch']}"
+        raise saved.missing(f"claim4_ratios.csv has no row of {what}", "claim4_ratios")
+    return rows.iloc[0][["comparison", "value", "low", "high"]].to_dict()
 
 
-def _fine_tuning(saved: _Saved, test: Test) -> list[Test]:
-    """The frozen oracle, less the least and the most that it gains by chance, against fine-tuning."""
-    table = saved.table("oracle_chance")
-    chance = table[table["kind"] == "chance"]["value"].dropna().clip(lower=0)
-    if chance.empty:
-        raise saved.missing("oracle_chance.csv has no row of chance", "oracle_chance")
-    best = per_query_best(saved.grid).set_index(["collection", "query_id"])["value"].sort_index()
-    low, high = (saved.paired(test, best - gain, saved.values(_OURS)) for gain in (chance.max(), chance.min()))
-    tuned = tuple(int(k) for k in saved.systems[_OURS][PAIR].iloc[0])
-    note = "" if tuned == saved.selected else f"fine-tuned at {tuned}, not at the selected pair {saved.selected}"
-    less = f" less {chance.min():.3f} to {chance.max():.3f} by chance − "
-    return [replace(
-        low, comparison=test.comparison.replace(" − ", less), value=(low.value + high.value) / 2, high=high.high,
-        p=max(low.p, high.p) if low.value * high.value > 0 else 1.0, note=note,
-    )]  # fmt: skip
+def _sourced(saved: _Saved, test: Row) -> Row:
+    """The loss of the selected pair, or the oracle's headroom beyond chance over a reference."""
+    if test["source"] == "held-out losses":
+        grid, pair = saved.table("grid_per_query"), saved.selected
+        grid = grid[grid["collection"].isin(list(saved.collections))]
+        if pair not in set(zip(grid["k_query"], grid["k_passage"])):
+            raise saved.missing(f"grid_per_query.csv has no test rows of the pair {pair}", "grid_per_query")
+        losses = held_out_losses(grid, pair, saved.seed)
+        return saved.paired(losses, test) | {"comparison": f"{test['comparison']} {pair}"}
+    rows = saved.table("oracle_chance")
+    rows = rows[(rows["kind"] == "beyond chance") & (rows["reference"] == test["source"])]
+    if rows.empty:
+        raise saved.missing(f"oracle_chance.csv has no part beyond chance over {test['source']}", "oracle_chance")
+    tuned = "DiffRetriever multi, fine-tuned"
+    if test["training"] == "fine-tuned" and tuned in saved.undertrained:
+        return {"counts": False, "note": f"{tuned}: {saved.undertrained[tuned]}"}
+    return rows.iloc[0].drop(["kind", "reference", "method", "quantity"]).to_dict()
 
 
-def _claim_tests(saved: _Saved) -> list[Test]:
-    """All tests of the claims, in their order; one without data has a note that says how to make them."""
-    planned: list[tuple[Test, Callable[[_Saved, Test], list[Test]]]] = []
-    multi, single = "DiffRetriever multi", "DiffRetriever single"
-    trained = [(t, m) for t in ("zero-shot", "fine-tuned") for m in sorted(MODES, key=lambda m: m != SELECTION_MODE)]
-    for claim, better, than, rule, bound in (
-        (1, single, "DiffEmbed", "greater", 0.0), (2, multi, single, "greater", 0.0),
-        (3, "PromptReps multi", "PromptReps single", "no gain", MARGIN),
-    ):  # fmt: skip
-        for training, mode in trained:
-            other = _named(than, training, "dense" if than == "DiffEmbed" else mode)
-            comparison = f"{_named(better, training, mode)} − {other}"
-            planned.append((Test(claim, comparison, rule, bound=bound, counts=mode == SELECTION_MODE), _compared))
-    masks, tokens = (f"{system} multi / single" for system in ("DiffRetriever", "PromptReps"))
-    # claim 5: DiffRetriever in the mode chosen beforehand, the others in their best mode in hindsight
-    bm25, beyond = f"{_OURS} − {_named('BM25', 'zero-shot', 'sparse')}", "oracle − fixed pair, beyond chance"
-    planned += [
-        (Test(4, masks, "at most", RATIO, SAME_LATENCY, paper="about 1x"), _ratios),
-        (Test(4, tokens, "at least", RATIO, SEVERAL_TIMES, paper="about 15x, 3x"), _ratios),
-        *((Test(5, f"{_OURS} − {_best_mode(saved, system)}"), _compared) for system in OTHERS),
-        (Test(5, bm25, counts=False, note="not fine-tuned, and reads whole passages"), _compared),
-        (Test(6, "each collection's best pair − selected pair", "at most", "macro loss of nDCG@10", MARGIN), _losses),
-        (Test(7, beyond, "clear gain", "headroom of nDCG@10", MARGIN, note="over all test collections"), _headroom),
-        (Test(7, f"per-query oracle, frozen ({SELECTION_MODE}) − {_OURS}"), _fine_tuning),
-    ]
-    tests: list[Test] = []
-    for test, fill in planned:
-        try:
-            found = fill(saved, test)
-        except _Missing as missing:
-            found = [replace(test, note=str(missing))]
-        before = sum(t.claim == test.claim for t in tests)
-        tests += [replace(t, id=f"{t.claim}{string.ascii_lowercase[before + i]}") for i, t in enumerate(found)]
-    return tests
+def decide(direction: str, value: float, low: float, high: float, p: float, p_other: float, bound: float = 0.0) -> str:
+    """The verdict of one test by its direction (see the module).
 
-
-def decide(rule: str, value: float, low: float, high: float, p: float, bound: float = 0.0) -> str:
-    """The verdict of one test by its rule (see the module); ``p`` is the corrected one.
-
-    A value that is nan was not tested; a bound of the interval, or a p, that is nan makes nothing clear.
+    ``p`` is held against ALPHA for the claim, ``p_other`` against it.  A value that is nan was not tested; a bound of
+    the interval, or a p, that is nan makes nothing clear.
     """
     if math.isnan(value):
         return NOT_TESTED
-    gain, loss = p < ALPHA and value > 0, p < ALPHA and value < 0
+    gain, loss = value > 0, value < 0
     supported, contradicted = {
-        "greater": (gain, loss),
-        "clear gain": (gain and not high < bound, high < bound),
-        "no gain": (high < bound and not gain, gain),
+        "greater": (gain and p < ALPHA, loss and p_other < ALPHA),
+        "clear gain": (gain and p < ALPHA and not high < bound, high < bound),
+        "no gain": (high < bound and not (gain and p_other < ALPHA), gain and p_other < ALPHA),
         "at most": (high <= bound, low > bound),
-        "at least": (low >= bound, high < bound),
-    }[rule]
+        "about": (bound / NEAR <= low and high <= bound * NEAR, high < bound / NEAR or low > bound * NEAR),
+    }[direction]
     return SUPPORTED if supported else CONTRADICTED if contradicted else INCONCLUSIVE
 
 
-def combine(verdicts: list[str], needs_all: bool) -> str:
-    """The verdict of a claim from those of the tests that count; ``needs_all``: none of them may be missing."""
+def combine(verdicts: Sequence[str], family: str) -> str:
+    """The verdict of a claim from those of the tests that count.
+
+    ``all``: contradicted when one is, else every one must be tested, and supported.  ``each``: of those that were
+    tested, "supported" or "contradicted" when all are, and "in part" when some are.
+    """
     tested = [v for v in verdicts if v != NOT_TESTED]
-    if CONTRADICTED in tested:
-        return CONTRADICTED
-    if not tested or (needs_all and len(tested) < len(verdicts)):
-        return NOT_TESTED
-    return SUPPORTED if set(tested) == {SUPPORTED} else INCONCLUSIVE
+    if family == "all":
+        if CONTRADICTED in tested:
+            return CONTRADICTED
+        if not tested or len(tested) < len(verdicts):
+            return NOT_TESTED
+        return SUPPORTED if set(tested) == {SUPPORTED} else INCONCLUSIVE
+    clear = [v for v in (SUPPORTED, CONTRADICTED) if v in tested]
+    if not clear:
+        return INCONCLUSIVE if tested else NOT_TESTED
+    return clear[0] if set(tested) == set(clear[:1]) else ", ".join(f"{v} in part" for v in clear)
 
 
-def ledger(folder: Path, profile_name: str, *, resamples: int = RESAMPLES, seed: int = 0) -> Ledger:
-    """Test every claim on ``tables/*.csv`` and ``run.json`` of a results folder.
+@dataclass(frozen=True)
+class Ledger:
+    """All claims of one run of the study.
+
+    ``tests`` has one row a test, in the order of :func:`declared`: its columns, then the numbers of
+    :func:`~diffret_lib.experiments.comparison.paired` with p_corrected (Holm over the claim's tests that count) and
+    p_all (Holm over all tests of a gain that count), queries, collections, verdict and note; missing numbers are nan.
+    ``verdicts`` has one row a claim: claim, verdict, where (the tests that count by their verdicts), collections,
+    statement, paper, evidence and not_shown.
+    """
+
+    profile: str
+    tests: pd.DataFrame
+    verdicts: pd.DataFrame
+
+    def shown(self) -> pd.DataFrame:
+        """The columns and rows of the tests that a reader wants: what was tested, or should have been."""
+        left_out = ["claim", "family", "training", "mode", "statistic", "collections"]
+        return self.tests[_telling(self.tests)].drop(columns=left_out)
+
+
+def _telling(tests: pd.DataFrame) -> pd.Series:
+    return tests["counts"] | (tests["verdict"] != NOT_TESTED) | tests["note"].str.contains("undertrained")
+
+
+def ledger(
+    folder: Path, profile_name: str, collections: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+) -> Ledger:
+    """Test every claim on ``tables/*.csv`` and ``run.json`` of a results folder, on the (out-of-domain) collections.
 
     A test whose table or rows are missing is "not tested", with a note that says which notebook makes them.
     """
-    tests = _claim_tests(_Saved(Path(folder), profile_name, resamples, seed))
-    corrected = map(float, holm([t.p for t in tests]))
-    tests = [
-        replace(t, p_corrected=p, verdict=decide(t.rule, t.value, t.low, t.high, p, t.bound))
-        for t, p in zip(tests, corrected)
-    ]
-    claims = []
-    texts = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-    for number, text in enumerate(texts, 1):
-        own = [t for t in tests if t.claim == number]
-        verdict = combine([t.verdict for t in own if t.counts], needs_all=number > 3)
-        text["evidence"] = [name for name in text["evidence"] if (Path(folder) / name).is_file()]
-        claims.append(Claim(id=number, verdict=verdict, tests=own, **{"paper": ""} | text))
-    return Ledger(profile_name, claims)
+    saved, rows = _Saved(Path(folder), profile_name, collections, resamples, seed), []
+    for test in _planned():
+        fill = _ratio if "system" in test else _sourced if "source" in test else _compared
+        row = dict.fromkeys(NUMBERS, math.nan) | {"queries": 0, "collections": 0} | test
+        try:
+            rows.append(row | fill(saved, test))
+        except ValueError as error:
+            rows.append(row | {"note": str(error)})
+    tests = pd.DataFrame(rows)
+    # two numbers of vectors that are one: the selected pair has 16 masks a query
+    tests = tests[~(tests.duplicated(["claim", "comparison", "batch", "quantity"]) & (tests["statistic"] == RATIO))]
+    tests = tests.reset_index(drop=True).astype({"queries": int, "collections": int, "counts": bool})
+    tests.loc[tests["direction"] == "at most", "p"] = math.nan  # that there is no loss at all is not what is tested
+    counting = tests[tests["counts"]]
+    gains = counting[counting["direction"].isin(GAINS)]
+    tests["p_all"] = pd.Series(holm(gains["p"]), gains.index)
+    tests["p_corrected"] = counting.groupby("claim")["p"].transform(holm)
+    verdicts = []
+    for t in tests.itertuples():
+        corrected = t.p_corrected if t.counts else t.p
+        own = t.p if t.family == "all" else corrected
+        verdicts.append(decide(t.direction, t.value, t.low, t.high, own, corrected, t.bound))
+    tests["verdict"] = verdicts
+    tests = tests[[*_ABOUT, *NUMBERS, "queries", "collections", "verdict", "note"]]
+    return Ledger(profile_name, tests, _verdicts(tests, saved))
+
+
+def _verdicts(tests: pd.DataFrame, saved: _Saved) -> pd.DataFrame:
+    rows, names = [], ", ".join(name.removeprefix("pydocs/") for name in saved.collections)
+    for number, text in enumerate(_texts(), 1):
+        own = tests[(tests["claim"] == number) & tests["counts"]]
+        evidence = ", ".join(name for name in text["evidence"] if (saved.folder / name).is_file())
+        rows.append({
+            "claim": number, "verdict": combine(own["verdict"].tolist(), text["family"]), "where": _where(own),
+            "collections": names if own["queries"].any() else "", "statement": text["statement"],
+            "paper": text.get("paper", ""), "evidence": evidence, "not_shown": text["not_shown"],
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _where(tests: pd.DataFrame) -> str:
+    """The counting tests by their verdicts: mode and training, or what was compared."""
+    parts = []
+    for verdict, rows in tests[tests["verdict"] != NOT_TESTED].groupby("verdict", sort=False):
+        several = rows["mode"].nunique() > 1 or rows["training"].nunique() > 1
+        names = rows["mode"] + " " + rows["training"] if several and rows["mode"].all() else rows["comparison"]
+        parts.append(f"{verdict}: {'; '.join(names)}")
+    return ". ".join(parts)
+
+
+def answer(ledger: Ledger) -> str:
+    """The verdicts in two sentences (Markdown)."""
+    claims = ledger.verdicts.groupby("verdict", sort=False)["claim"].agg(list)
+    verdicts = "; ".join(f"**{verdict}**: {', '.join(map(str, numbers))}" for verdict, numbers in claims.items())
+    notes, queries = ledger.tests["note"], ledger.tests.loc[ledger.tests["counts"], "queries"].max()
+    out = sorted(set(notes[notes.str.contains("undertrained")].str.split(":").str[0]))
+    names = next(filter(None, ledger.verdicts["collections"]), "none")
+    left = f"; undertrained, so in no verdict: {', '.join(out)}" if out else ""
+    return (
+        f"**Answer.** The paper's claims, by their numbers, are {verdicts}. The tests are on up to {queries} queries "
+        f"of the out-of-domain collections ({names}){left}."
+    )
 
 
 def write_claims(ledger: Ledger, path: str | Path) -> None:
     """Write the ledger as JSON, whole or not at all (null is no number); the same ledger gives the same bytes."""
-    rule = {"alpha": ALPHA, "correction": "Holm, over all tests with p", "margin_ndcg@10": MARGIN,
-            "same_latency": SAME_LATENCY, "several_times": SEVERAL_TIMES}  # fmt: skip
-    content = {"profile": ledger.profile, "rule": rule, "claims": [asdict(c) for c in ledger.claims]}
-    for claim in content["claims"]:
-        claim["tests"] = [{k: None if v != v else v for k, v in test.items()} for test in claim["tests"]]
+    rule = {"alpha": ALPHA, "near": NEAR, "correction": "Holm over the tests of a claim that count"}
+    tests = ledger.tests.astype(object).where(ledger.tests.notna(), None)
+    claims = [
+        row | {"tests": tests[tests["claim"] == row["claim"]].drop(columns="claim").to_dict("records")}
+        for row in ledger.verdicts.to_dict("records")
+    ]
+    content = {"profile": ledger.profile, "rule": rule, "claims": claims}
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def describe(claim: Claim) -> str:
+def describe(ledger: Ledger, claim: int) -> str:
     """A claim and its tests as a paragraph of Markdown."""
-    text = f"**Claim {claim.id}: {claim.verdict}.** {claim.statement}"
-    if claim.paper:
-        text += f" The paper's own: {claim.paper}."
-    counted = [t.id for t in claim.tests if t.counts]
-    if len(counted) > 1:
-        text += f" The verdict takes {', '.join(counted)} together: supported if each is, contradicted if one is."
-    return "\n".join([f"{text} *Not shown:* {claim.not_shown}\n", *(f"- {_sentence(test)}" for test in claim.tests)])
+    text, tests = ledger.verdicts.set_index("claim").loc[claim], ledger.tests[ledger.tests["claim"] == claim]
+    head = f"**Claim {claim}: {text['verdict']}.** {text['statement']}"
+    head += f" The paper's own: {text['paper']}." if text["paper"] else ""
+    own = tests[tests["counts"] & tests["p_all"].notna()]
+    if len(own) > 1 and own["family"].iloc[0] == "all":
+        head += (
+            f" The claim needs every test: the largest raw p is {own['p'].max():.2g}; by Holm it is "
+            f"{own['p_corrected'].max():.2g} within the claim and {own['p_all'].max():.2g} over all gains; with "
+            f"collections resampled as well, {int((own['low_all'] > 0).sum())} of {len(own)} intervals lie above 0."
+        )
+    lines = [f"- {_sentence(test)}" for test in tests[_telling(tests)].itertuples()]
+    return "\n".join([f"{head} *Not shown:* {text['not_shown']}\n", *lines])
 
 
-def _sentence(test: Test) -> str:
-    text = f"{test.id}{'' if test.counts else ' (secondary)'}, {test.comparison}: "
+def _sentence(test: Any) -> str:
+    text = f"{test.id}{'' if test.counts else ' (shown)'}, {test.comparison}: "
     if test.verdict == NOT_TESTED:
         return f"{text}not tested; {test.note}."
     sign = "" if test.statistic == RATIO else "+"
     text += f"**{test.value:{sign}.3f}** [{test.low:{sign}.3f}, {test.high:{sign}.3f}]"
-    text += f", held against {test.bound:g}" if test.rule != "greater" else ""
-    text += f", corrected p = {test.p_corrected:.3g}" if not math.isnan(test.p) else ""
-    text += f", {test.queries} queries" if test.queries else ""
-    text += f", {test.collections} collections" if test.collections else ""
-    return f"{text}: {test.verdict}{f' ({test.note})' if test.note else ''}."
+    if not math.isnan(test.low_all):
+        text += f" (collections resampled too: [{test.low_all:{sign}.3f}, {test.high_all:{sign}.3f}])"
+    text += f", held against {test.direction} {test.bound:g}" if test.bound else ""
+    text += f", p = {test.p:.2g}" if not math.isnan(test.p) else ""
+    text += f" (Holm {test.p_corrected:.2g})" if not math.isnan(test.p_corrected) else ""
+    text += f", {test.queries} queries: {test.verdict}" if test.queries else f": {test.verdict}"
+    if test.verdict == INCONCLUSIVE and not math.isnan(test.detectable):
+        needed = f"about {test.needed_queries:,.0f}" if test.needed_queries < 1e5 else "more than 100,000"
+        text += f"; detectable at 80 % power: {test.detectable:.3f}; {needed} queries would decide it"
+    return f"{text}{f' ({test.note})' if test.note else ''}."

@@ -1,28 +1,35 @@
-"""Comparisons of collections, numbers of masks, stages of the adaptation and systems: tables of 00, 01, 02 and 04."""
+"""Comparisons of backbones, collections, numbers of masks and systems: tables of 01, 02 and 04.
+
+:func:`paired` is the one way in which a macro average is estimated and tested, here, for the oracle and in the claims.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from diffret_lib.data.collection import Collection, lexical_overlap
+from diffret_lib.data.collection import lexical_overlap
 from diffret_lib.experiments.study import Study, System
-from diffret_lib.models.backbones import load_backbone
-from diffret_lib.retrieval.metrics import METRIC, holm, macro_interval, macro_randomization_p
+from diffret_lib.retrieval.metrics import METRIC, Values, holm, macro_average, macro_randomization_p
 from diffret_lib.retrieval.search import MODES, SELECTION_MODE
 from diffret_lib.retrieval.systems import BM25
 
 PAIR = ["k_query", "k_passage"]
 Comparison = tuple[str, str, str]
-#: Tokens read of a text in a stage of the adaptation, whatever the profile, so that the values of a log compare.
-STAGE_LIMITS = {"max_query_tokens": 64, "max_passage_tokens": 96}
-STAGE_COLUMNS = ["stage", "system", "K", *MODES]
+#: nDCG@10 by collection and query, of each system (:func:`comparison_name`) and mode.
+Systems = Mapping[tuple[str, str], pd.Series]
+#: Resamples of intervals and tests, whatever the profile: a number has one value in every notebook.
+RESAMPLES = 10_000
+#: Standard errors of the smallest difference that a two-sided test at 5 % finds with 80 % power.
+POWER = float(stats.norm.ppf(0.975) + stats.norm.ppf(0.8))
+#: The zero-shot form that a fine-tuned system must beat, where it has another name.
+ZERO_SHOT_FORM = {"RepLLaMA": "Mean pooling"}
 
 
 def backbones_table(study: Study) -> pd.DataFrame:
@@ -35,7 +42,7 @@ def backbones_table(study: Study) -> pd.DataFrame:
         rows.append({
             "backbone": spec.name, "family": family, "parameters (M)": sum(p.numel() for p in model.parameters()) / 1e6,
             "layers": model.config.num_hidden_layers, "hidden size": model.config.hidden_size, "attention": attention,
-            "mask token": spec.mask_token or "", "dtype": study.profile.dtype,
+            "mask token": spec.mask_token or "", "dtype": backbone.dtype,
             "seconds to load": time.perf_counter() - start, "fingerprint": backbone.fingerprint[:12],
         })  # fmt: skip
     return pd.DataFrame(rows)
@@ -51,33 +58,6 @@ def collections_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def stage_retrieval(study: Study, collection: Collection, adapters: Mapping[str, str | Path | None]) -> pd.DataFrame:
-    """Zero-shot nDCG@10 with each adapter, for K = 1 and K = 4, with the parent's PromptReps and BM25.
-
-    ``adapters`` maps a stage to an adapter folder, ``"none"``, or None (the committed one).  Columns STAGE_COLUMNS.
-    """
-
-    def row(stage: str, system: str, k: int | None, retriever: Any) -> dict[str, Any]:
-        values = study.evaluate(System(system, retriever), [collection])
-        means = values[values["metric"] == METRIC].groupby("mode")["value"].mean()
-        return {"stage": stage, "system": system, "K": k} | means.to_dict()
-
-    rows = [row("", "BM25", None, BM25()), row("", "PromptReps (parent)", 1, study.promptreps(**STAGE_LIMITS))]
-    for stage, adapter in adapters.items():
-        backbone, name = None, study.profile.backbones.diffusion
-        if adapter is not None:
-            backbone = load_backbone(name, adapter=adapter, dtype=study.profile.dtype)
-        for k in (1, 4):
-            rows.append(row(stage, "DiffRetriever", k, study.diffretriever(k, k, backbone=backbone, **STAGE_LIMITS)))
-    return pd.DataFrame(rows).astype({"K": "Int64"})[STAGE_COLUMNS]
-
-
-def logged_retrieval(log: Mapping[str, Any], collection: Collection, but: Sequence[str] = ()) -> pd.DataFrame:
-    """The log's rows of :func:`stage_retrieval` for other stages than ``but``; none if of another sample."""
-    table = pd.DataFrame(log["retrieval"], columns=STAGE_COLUMNS).astype({"K": "Int64"})
-    return table[~table["stage"].isin(["", *but]) & (log["collection"] == collection.fingerprint)]
-
-
 def heat_map(grid: pd.DataFrame, mode: str) -> pd.DataFrame:
     """Mean over collections of the mean nDCG@10; rows Kq, columns Kp."""
     means = _cells(grid, mode).groupby([*PAIR, "collection"])["value"].mean()
@@ -88,19 +68,52 @@ def _cells(grid: pd.DataFrame, mode: str = SELECTION_MODE) -> pd.DataFrame:
     return grid[(grid["mode"] == mode) & (grid["metric"] == METRIC)]
 
 
-def transfer(grid: pd.DataFrame, selected: tuple[int, int]) -> pd.DataFrame:
+def held_out_best(cells: np.ndarray, seed: int = 0, keep: int | None = None) -> np.ndarray:
+    """Value, for each query, of the fixed pair that the other half of the queries chooses: no query chooses its own.
+
+    ``cells`` is float [..., queries, pairs], the result [..., queries]; the queries are split in two halves in the
+    order that ``seed`` gives.  Of equal means the pair ``keep`` is chosen, else the first.  nan for a single query.
+    """
+    n, found = cells.shape[-2], np.full(cells.shape[:-1], np.nan)
+    halves = np.array_split(np.random.default_rng(seed).permutation(n), 2)
+    for chosen_on, scored_on in (halves, halves[::-1]) if n > 1 else ():
+        means = cells[..., chosen_on, :].mean(-2, dtype=float).round(6)  # equal sums may differ in the last digits
+        best = means.argmax(-1)
+        if keep is not None:
+            best = np.where(means[..., keep] == means.max(-1), keep, best)
+        found[..., scored_on] = np.take_along_axis(cells[..., scored_on, :], best[..., None, None], -1)[..., 0]
+    return found
+
+
+def held_out_losses(grid: pd.DataFrame, selected: tuple[int, int], seed: int = 0) -> dict[str, np.ndarray]:
+    """What the selected pair loses on each query against :func:`held_out_best`, by collection: float (queries,)."""
+    losses = {}
+    for collection, cells in _cells(grid).groupby("collection"):
+        values = cells.pivot(index="query_id", columns=PAIR, values="value")
+        place = values.columns.get_loc(selected)
+        losses[collection] = held_out_best(values.to_numpy(), seed, place) - values[selected].to_numpy()
+    return losses
+
+
+def transfer(
+    grid: pd.DataFrame, selected: tuple[int, int], *, resamples: int = RESAMPLES, seed: int = 0
+) -> pd.DataFrame:
     """The pair selected on training data against each test collection's own best pair (claim 6).
 
-    The best pair is chosen and scored on the same queries, which favours it: the loss is biased upwards.
-    Columns collection, coverage, queries, selected, best_pair, best, loss, single (the pair (1, 1)).
+    ``loss`` is against the best pair in hindsight, which its own queries chose and therefore favours; ``held_out_loss``
+    against the pair that the other half of the queries chooses, with its 95 % interval (low, high).  Columns
+    collection, coverage, queries, selected, best_pair, best, loss, held_out_loss, low, high, single (the pair (1, 1)).
     """
-    rows, names = [], ["collection", "coverage"]
+    rows, names, losses = [], ["collection", "coverage"], held_out_losses(grid, selected, seed)
     for (collection, coverage), cells in _cells(grid).groupby(names, sort=False):
         means = cells.groupby(PAIR)["value"].mean()
         best = means.idxmax()
         loss, pair, queries = means[best] - means[selected], f"({best[0]}, {best[1]})", cells["query_id"].nunique()
-        rows.append((collection, coverage, queries, means[selected], pair, means[best], loss, means[1, 1]))
-    return pd.DataFrame(rows, columns=[*names, "queries", "selected", "best_pair", "best", "loss", "single"])
+        held_out = paired({collection: losses[collection]}, resamples, seed)
+        interval = held_out["value"], held_out["low"], held_out["high"]
+        rows.append((collection, coverage, queries, means[selected], pair, means[best], loss, *interval, means[1, 1]))
+    columns = "queries selected best_pair best loss held_out_loss low high single"
+    return pd.DataFrame(rows, columns=[*names, *columns.split()])
 
 
 def per_query_best(grid: pd.DataFrame) -> pd.DataFrame:
@@ -126,24 +139,100 @@ def evaluation_table(per_query: pd.DataFrame) -> pd.DataFrame:
 
 
 def evaluation_wide(table: pd.DataFrame, out_of_domain: Sequence[str], metric: str = METRIC) -> pd.DataFrame:
-    """One row a training, system and mode, a column a collection, and the macro average of the out-of-domain ones."""
+    """One row a training, system and mode: the macro average of the out-of-domain collections, then each collection."""
     cells, index = table[table["metric"] == metric], ["training", "system", "mode"]
     wide = cells.pivot_table(index=index, columns="collection", values="value", sort=False)
-    wide["macro"] = wide[list(out_of_domain)].mean(axis=1)
+    wide.insert(0, "macro", wide[list(out_of_domain)].mean(axis=1))
     return wide.rename(columns=lambda c: c.removeprefix("pydocs/")).rename_axis(columns=None).reset_index()
 
 
-def system_intervals(per_query: pd.DataFrame, collections: Sequence[str], resamples: int, seed: int) -> pd.DataFrame:
-    """Macro averages (value) with 95 % bootstrap intervals (low, high; queries resampled within each collection)."""
+def paired(values: Values, resamples: int = RESAMPLES, seed: int = 0, bound: float = 0.0) -> dict[str, float]:
+    """Estimate the macro average of per-query values or paired differences, float (queries,) of each collection.
+
+    Returns value; low, high (95 % percentile bootstrap interval: queries are resampled within the given collections);
+    low_all, high_all (collections are resampled as well); p (two-sided, signs flipped by query, that the average is 0);
+    detectable (the smallest distance from ``bound`` that a two-sided test at 5 % finds with 80 % power: 2.8 standard
+    errors); needed_queries (how many, in the same proportions, would find the distance that was measured); queries and
+    collections.  An interval that cannot be had (one query in a collection; one collection) is nan.
+    """
+    values = {name: np.asarray(values[name], float) for name in sorted(values)}
+    value, counts = macro_average(values), list(map(len, values.values()))
+    found = dict.fromkeys(("low", "high", "low_all", "high_all", "p", "detectable", "needed_queries"), math.nan)
+    found = {"value": value} | found | {"queries": sum(counts), "collections": len(counts)}
+    if math.isnan(value) or min(counts) < 2:
+        return found
+    rng, places = np.random.default_rng(seed), np.arange(resamples)
+    means = np.array([_resampled(v, resamples, rng) for v in values.values()])  # [collections, resamples]
+    found["low"], found["high"] = np.quantile(means.mean(0), [0.025, 0.975]).tolist()
+    if len(means) > 1:
+        # a collection that is drawn twice comes with two different resamples of its queries
+        drawn = [means[rng.integers(0, len(means), resamples), rng.permutation(places)] for _ in means]
+        found["low_all"], found["high_all"] = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975]).tolist()
+    error = math.sqrt(sum(v.var(ddof=1) / len(v) for v in values.values())) / len(values)
+    found["p"], found["detectable"] = macro_randomization_p(values, resamples, seed), POWER * error
+    if (distance := abs(value - bound)) > 1e-9:
+        found["needed_queries"] = float(math.ceil(sum(counts) * (POWER * error / distance) ** 2))
+    return found
+
+
+def _resampled(values: np.ndarray, resamples: int, rng: np.random.Generator, block: int = 500) -> np.ndarray:
+    """Means of resamples of the values, drawn with replacement."""
+    sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
+    return np.concatenate([values[rng.integers(0, len(values), (size, len(values)))].mean(1) for size in sizes])
+
+
+def by_system(per_query: pd.DataFrame, collections: Sequence[str]) -> Systems:
+    """Values of every system and mode on some collections, indexed by collection and query, sorted."""
+    cells = per_query[(per_query["metric"] == METRIC) & per_query["collection"].isin(list(collections))]
+    names = [comparison_name(*row) for row in zip(cells["system"], cells["training"])]
+    cells = cells.assign(name=names).set_index(["collection", "query_id"]).sort_index()
+    return dict(list(cells.groupby(["name", "mode"])["value"]))
+
+
+def differences(systems: Systems, better: tuple[str, str], than: tuple[str, str]) -> dict[str, np.ndarray]:
+    """Paired differences of two systems, each a name and a mode: collection to float (queries,).
+
+    ValueError: one of them is not among the systems, or they are not of the same queries.
+    """
+    for name, mode in (better, than):
+        if (name, mode) not in systems:
+            raise ValueError(f"there is no {name} ({mode}) in the table")
+    one, other = systems[better], systems[than]
+    if not one.index.equals(other.index):
+        raise ValueError(f"{better[0]} and {than[0]} ({than[1]}) were not evaluated on the same queries")
+    return {c: d.to_numpy() for c, d in (one - other).groupby(level="collection")}
+
+
+def system_intervals(
+    per_query: pd.DataFrame, collections: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
+) -> pd.DataFrame:
+    """Macro averages; columns training, system, mode, value, low, high, low_all, high_all (see :func:`paired`)."""
     keys, rows = ["training", "system", "mode"], []
-    for key, cells in _of(per_query, collections).groupby(keys, sort=False):
-        values = {c: v["value"].to_numpy() for c, v in cells.groupby("collection", sort=False)}
-        rows.append((*key, *macro_interval(values, resamples, seed)))
-    return pd.DataFrame(rows, columns=[*keys, "value", "low", "high"])
+    cells = per_query[(per_query["metric"] == METRIC) & per_query["collection"].isin(list(collections))]
+    for key, own in cells.groupby(keys, sort=False):
+        found = paired({c: v["value"].to_numpy() for c, v in own.groupby("collection")}, resamples, seed)
+        rows.append((*key, *list(found.values())[:5]))
+    return pd.DataFrame(rows, columns=[*keys, "value", "low", "high", "low_all", "high_all"])
 
 
-def _of(per_query: pd.DataFrame, collections: Sequence[str]) -> pd.DataFrame:
-    return per_query[(per_query["metric"] == METRIC) & per_query["collection"].isin(collections)]
+def undertrained(per_query: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, str]:
+    """Fine-tuned systems that enter no verdict, by name, with the reason.
+
+    A system is undertrained when it beats its zero-shot form (RepLLaMA, which has none: mean pooling) clearly in none
+    of its modes: the 95 % interval of the macro difference, over all collections of the table, must lie above 0.
+    """
+    systems, reasons = by_system(per_query, per_query["collection"].unique()), {}
+    tuned = per_query.loc[per_query["training"] != "zero-shot", ["system", "training"]].drop_duplicates()
+    for system, training in tuned.itertuples(index=False):
+        name, form = comparison_name(system, training), ZERO_SHOT_FORM.get(system, comparison_name(system, "zero-shot"))
+        modes = [mode for known, mode in systems if known == name and (form, mode) in systems]
+        gains = {mode: paired(differences(systems, (name, mode), (form, mode)), resamples, seed) for mode in modes}
+        if gains and not any(gain["low"] > 0 for gain in gains.values()):
+            mode = max(gains, key=lambda mode: gains[mode]["value"])
+            gain = gains[mode]
+            interval = f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+            reasons[name] = f"undertrained: at best {interval} nDCG@10 over {form} ({mode})"
+    return reasons
 
 
 def comparison_name(system: str, training: str) -> str:
@@ -174,32 +263,21 @@ FINE_TUNED_COMPARISONS = (
 
 
 def compare_systems(
-    per_query: pd.DataFrame, comparisons: Sequence[Comparison], collections: Sequence[str], *, resamples: int, seed: int
-) -> pd.DataFrame:
+    per_query: pd.DataFrame, comparisons: Sequence[Comparison], collections: Sequence[str], *,
+    resamples: int = RESAMPLES, seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
     """Paired differences over the queries of several collections, macro-averaged; systems by :func:`comparison_name`.
 
-    The test is a sign-flipping randomisation test of the macro difference; p-values are corrected by Holm over the
-    comparisons; the interval is a bootstrap over queries within each collection.  ValueError: a system is missing, or
-    on other queries.  Columns better, than, mode, queries, difference, low, high, p, p_corrected, reading.
+    Columns better, than, mode, queries, difference, low, high, low_all, high_all, p, p_corrected (by Holm over the
+    comparisons), detectable, needed_queries (all as of :func:`paired`) and reading.  Errors are those of
+    :func:`differences`.
     """
-    chosen = _of(per_query, collections)
-    names = pd.Series(map(comparison_name, chosen["system"], chosen["training"]), chosen.index, dtype=str)
-    rows = []
+    systems, rows = by_system(per_query, collections), []
     for better, than, mode in comparisons:
-        sides = []
-        for name in (better, than):
-            cells = chosen[(names == name) & (chosen["mode"] == mode)]
-            if cells.empty:
-                raise ValueError(f"there is no {name} ({mode}) on {', '.join(collections)}")
-            sides.append(cells.set_index(["collection", "query_id"])["value"])
-        differences = (sides[0] - sides[1]).dropna()
-        if len(differences) != len(sides[0]) or len(differences) != len(sides[1]):
-            raise ValueError(f"{better} and {than} ({mode}) were not evaluated on the same queries")
-        values = {c: v.to_numpy() for c, v in differences.groupby(level="collection", sort=False)}
-        found = *macro_interval(values, resamples, seed), macro_randomization_p(values, resamples, seed)
-        rows.append((better, than, mode, len(differences), *found))
-    table = pd.DataFrame(rows, columns=["better", "than", "mode", "queries", "difference", "low", "high", "p"])
-    table["p_corrected"] = holm(table["p"].to_numpy())
+        found = paired(differences(systems, (better, mode), (than, mode)), resamples, seed)
+        rows.append({"better": better, "than": than, "mode": mode, "queries": found["queries"]} | found)
+    table = pd.DataFrame(rows).rename(columns={"value": "difference"}).drop(columns="collections")
+    table.insert(table.columns.get_loc("p") + 1, "p_corrected", holm(table["p"].to_numpy()))
     above, clear = table["difference"] > 0, table["p_corrected"] < 0.05
     table["reading"] = np.select([clear & above, clear & ~above], ["better", "worse"], "no clear difference")
     return table

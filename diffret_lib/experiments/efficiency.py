@@ -1,4 +1,4 @@
-"""Latency: encoding one text by every system, and searching indexes of growing size (claim 4).
+"""Latency: encoding by every system, searching, both together, and against length and index size (claim 4).
 
 All that is compared is timed in one run, in turn, every other round backwards, so that a drift of the machine cancels.
 A ratio is taken within each round first.
@@ -7,16 +7,14 @@ A ratio is taken within each round first.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import pandas as pd
 import psutil
-import scipy.sparse as sp
 import torch
 from scipy import stats
 from tqdm import trange
@@ -24,20 +22,24 @@ from tqdm import trange
 from diffret_lib.addresses import address
 from diffret_lib.cache import remember
 from diffret_lib.environment import hardware
-from diffret_lib.experiments.study import Study, macro
+from diffret_lib.experiments.study import SYSTEMS, Pair, Study, macro
 from diffret_lib.models.prompts import encode_plain
 from diffret_lib.retrieval.metrics import METRIC
 from diffret_lib.retrieval.representations import Representations
 from diffret_lib.retrieval.search import SELECTION_MODE, maxsim_search, sparse_search
 from diffret_lib.retrieval.systems import DiffEmbed, DiffRetriever, MeanPooledAR, PromptReps, RepLLaMA, Retriever
 
-#: An index is not made when it would take a larger part of the memory that is free.
+#: An index takes at most this part of the memory that is free.
 MEMORY_SHARE = 0.25
-#: Passages of the index in the figure of effectiveness against latency, at most (the paper's 100K).
+#: Passages of the index behind end-to-end latencies, at most (the paper's 100K).
 INDEXED_PASSAGES = 100_000
-#: Decoding of PromptReps (all N tokens, or until its answer ends), and kinds of index.
+#: Decoding of PromptReps: exactly N vectors (as it is fine-tuned), or until its answer ends (as it is zero-shot).
 FORCED, ANSWERED = "forced", "as answered"
+ENCODING, SEARCH, END_TO_END = "encoding", "search", "end to end"
+#: Kinds of index; a pair (Kq, Kp) is one for MaxSim.
 SINGLE_FAISS, MAXSIM, SPARSE = "dense, single (faiss)", "MaxSim", "sparse"
+#: A system that is timed: name, decoding, and the pair of counts (Kq, Kp); N of PromptReps counts on both sides.
+Timed = tuple[str, str, Pair]
 
 
 def measured(study: Study, measure: Callable[..., pd.DataFrame], *arguments: Any) -> pd.DataFrame:
@@ -45,55 +47,43 @@ def measured(study: Study, measure: Callable[..., pd.DataFrame], *arguments: Any
     p, found = study.profile, hardware()
     machine = {part: found[part] for part in ("cpu", "cores_usable", "gpu", "system")}
     backbones = [(b.fingerprint, b.device.type) for b in map(study.backbone, ("diffusion", "autoregressive"))]
+    settings = p.efficiency.model_dump(), p.k_grid, p.promptreps_vectors, p.seed
     key = address(
-        [measure], list(arguments), p.efficiency.model_dump(), p.seed, backbones, study.test_collections[0].fingerprint,
-        machine, torch.get_num_threads(),
+        [measure], list(arguments), settings, backbones, study.test_collections[0].fingerprint, machine,
+        torch.get_num_threads(),
     )  # fmt: skip
     return pd.DataFrame(remember("latency", key, lambda: measure(study, *arguments).to_dict("list")))
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of one call; on a GPU those between two CUDA events."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
+    """Wall-clock seconds of one call, until a GPU has done what it was given."""
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
     call()
-    end.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / 1000
+    wait()
+    return time.perf_counter() - start
 
 
 @torch.inference_mode()
 def interleaved(
     calls: Mapping[Hashable, Callable[[], object]], rounds: int, device: torch.device, desc: str, warm_up: bool = True
-) -> dict[Hashable, list[float]]:
-    """Seconds of each call in each round, after a warm-up of each; every other round goes backwards."""
+) -> dict[Hashable, np.ndarray]:
+    """Seconds of each call in each round (float, ``rounds`` of them), after a warm-up of each; every other round goes
+    backwards."""
     for call in calls.values() if warm_up else ():
         call()
     times: dict[Hashable, list[float]] = {name: [] for name in calls}
     for number in trange(rounds, desc=desc, unit="round"):
         for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
             times[name].append(seconds(calls[name], device))
-    return times
+    return {name: np.array(values) for name, values in times.items()}
 
 
-def quartiles(values: Sequence[float]) -> list[float]:
-    """First quartile, median, third quartile."""
-    return np.quantile(values, [0.25, 0.5, 0.75]).tolist()
-
-
-def _milliseconds(times: Sequence[float]) -> dict[str, float]:
-    return dict(zip(("q1_ms", "median_ms", "q3_ms"), quartiles(np.array(times) * 1000), strict=True))
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the median from order statistics, whatever the distribution; nan for fewer than six values."""
+def median_interval(values: Sequence[float]) -> dict[str, float]:
+    """The median as value, low and high its 95 % interval from order statistics (nan for fewer than six values)."""
     low, high = stats.quantile_test(np.asarray(values, float), p=0.5).confidence_interval(0.95)
-    return float(low), float(high)
+    return {"value": float(np.median(values)), "low": float(low), "high": float(high)}
 
 
 def long_texts(study: Study, tokens: int, count: int) -> list[str]:
@@ -109,139 +99,181 @@ def long_texts(study: Study, tokens: int, count: int) -> list[str]:
     return texts
 
 
-def _systems(study: Study, counts: Sequence[int], tokens: int, whole: bool) -> dict[tuple, Retriever]:
-    """Retrievers by system, family, vectors and decoding; of all counts, or (not ``whole``) of least and most."""
+def _used(study: Study, selected: Pair) -> list[Timed]:
+    """The systems with several vectors that the tables of the study hold, and the grid's largest number of masks."""
+    most, n = max(study.profile.k_grid), study.profile.promptreps_vectors
+    tuned = SYSTEMS["PromptReps multi"][1]["max_vectors"]
+    masks = [("DiffRetriever", "", pair) for pair in dict.fromkeys([tuple(selected), (most, most)])]
+    return [*masks, *(("PromptReps", how, (k, k)) for how, k in ((FORCED, tuned), (FORCED, n), (ANSWERED, n)))]
+
+
+def _systems(study: Study, timed: Collection[Timed], tokens: int) -> dict[Timed, Retriever]:
+    """Retrievers that read ``tokens`` tokens of a text; those with one vector are always among them."""
     limits = {"max_query_tokens": tokens, "max_passage_tokens": tokens}
     diffusion, parent = study.backbone("diffusion"), study.backbone("autoregressive")
-    ks = sorted(counts) if whole else sorted({min(counts), max(counts)})
-    out: dict[tuple, Retriever] = {}
-    for k in ks:
-        out["DiffRetriever", "diffusion", k, ""] = DiffRetriever(diffusion, k_query=k, k_passage=k, **limits)
-    out["PromptReps single", "autoregressive", 1, ""] = PromptReps(parent, **limits)
-    for n in ks if whole else ks[-1:]:
-        answered, forced = (PromptReps(parent, max_new_tokens=n, **limits) for _ in range(2))
-        forced.reader.ends_answer = lambda ids: torch.zeros_like(ids, dtype=torch.bool)
-        out["PromptReps multi", "autoregressive", 1 + n, FORCED] = forced
-        out["PromptReps multi", "autoregressive", 1 + n, ANSWERED] = answered
-    if whole:
-        out["DiffEmbed", "diffusion", 1, ""] = DiffEmbed(diffusion, **limits)
-        out["Mean pooling", "autoregressive", 1, ""] = MeanPooledAR(parent, **limits)
-        out["RepLLaMA", "autoregressive", 1, ""] = RepLLaMA(parent, **limits)
+    single = (1, 1)
+    out: dict[Timed, Retriever] = {
+        ("DiffRetriever", "", single): DiffRetriever(diffusion, **limits),
+        ("PromptReps", "", single): PromptReps(parent, **limits),
+        ("DiffEmbed", "", single): DiffEmbed(diffusion, **limits),
+        ("Mean pooling", "", single): MeanPooledAR(parent, **limits),
+        ("RepLLaMA", "", single): RepLLaMA(parent, **limits),
+    }
+    for system, decoding, (kq, kp) in timed:
+        if system == "DiffRetriever":
+            out[system, decoding, (kq, kp)] = DiffRetriever(diffusion, k_query=kq, k_passage=kp, **limits)
+        else:
+            stop = {"stop": "never"} if decoding == FORCED else {}
+            out[system, decoding, (kq, kp)] = PromptReps(parent, max_vectors=kq, **stop, **limits)
     return out
 
 
-def encoding_latency(study: Study) -> pd.DataFrame:
-    """Time encoding, tokenisation included: against the number of vectors, the text's length and the batch.
+def latency(study: Study, selected: Pair) -> pd.DataFrame:
+    """Time queries: encoding (tokenisation included), searching as many passages, and both, for each size of a batch.
 
-    All numbers of vectors are timed for a query of the shortest length (``query_repeats`` rounds) and a passage of the
-    second, one at a time; other lengths and batches at the fewest and the most vectors.  Columns curve ("vectors",
-    "length", "batch"), system, family, side, vectors, decoding, text_tokens, batch_size, q1_ms, median_ms, q3_ms, ratio
-    (median), ratio_q1, ratio_q3, ratio_low, ratio_high (95 % interval of the median, nan for fewer than six rounds) and
-    relative_to: within a round, to DiffRetriever at the fewest masks or PromptReps single, all else equal.
+    Every system of the study at the counts that it uses, and others up to the profile's largest.  The index is dense
+    (random vectors; the time does not depend on them), with a sparse one for systems that have that side.  Then
+    passages: encoding one of each length, at the fewest and the most vectors.  Columns quantity ("encoding", "search",
+    "end to end"), system, decoding, side, count (vectors of that side), k_passage, used (bool: by a system of the
+    study), batch, text_tokens, passages (in the index; 0: none), rounds, value, low, high (median and its 95 %
+    interval, nan for fewer than six rounds), unit ("ms"), and ratio, ratio_low, ratio_high: to one vector, all else
+    equal, within a round.
     """
-    p, rows = study.profile.efficiency, []
-    lengths, fewest = sorted(p.text_tokens), min(p.counts)
-    middle = lengths[:2][-1]
-    designs = [("vectors", "query", lengths[0], 1), ("vectors", "passage", middle, 1)]
-    designs += [("length", "passage", n, 1) for n in lengths]
-    designs += [("batch", "passage", middle, b) for b in sorted(p.batch_sizes)]
-    references = {
-        "diffusion": (f"DiffRetriever K={fewest}", ("DiffRetriever", "diffusion", fewest, "")),
-        "autoregressive": ("PromptReps single", ("PromptReps single", "autoregressive", 1, "")),
-    }
-    for curve, side, tokens, batch in designs:
-        texts = long_texts(study, tokens, batch)
-        systems = _systems(study, p.counts, tokens, curve == "vectors")
-        calls = {name: lambda r=r: r.reader(r.features(texts, side)) for name, r in systems.items()}
-        rounds = p.query_repeats if (curve, side) == ("vectors", "query") else p.repeats
-        times = interleaved(calls, rounds, study.backbone("diffusion").device, desc=f"encoding a {side}: {curve}")
-        for (system, family, vectors, decoding), values in times.items():
-            relative_to, own = references[family]
-            ratios = np.array(values) / np.array(times[own])
-            (r1, ratio, r3), (low, high) = quartiles(ratios), median_interval(ratios)
-            rows.append(
-                {"curve": curve, "system": system, "family": family, "side": side, "vectors": vectors,
-                 "decoding": decoding, "text_tokens": tokens, "batch_size": batch, **_milliseconds(values),
-                 "ratio": ratio, "ratio_q1": r1, "ratio_q3": r3, "ratio_low": low, "ratio_high": high,
-                 "relative_to": relative_to}
-            )  # fmt: skip
+    p, rows, used = study.profile.efficiency, [], _used(study, selected)
+    shortest, device = min(p.text_tokens), study.backbone("diffusion").device
+    known = {(system, pair[0]) for system, _, pair in used}
+    more = [("DiffRetriever", "", (k, k)) for k in p.counts if k > 1 and ("DiffRetriever", k) not in known]
+    more += [("PromptReps", FORCED, (k, k)) for k in p.counts if k > 1 and ("PromptReps", k) not in known]
+    for batch in sorted(p.batch_sizes):
+        systems, texts = _systems(study, [*used, *more], shortest), long_texts(study, shortest, batch)
+        calls = {key: partial(_encode, retriever, texts, "query") for key, retriever in systems.items()}
+        # an index for each system that the study has; the others are curves of encoding alone
+        searches, passages = _index(study, {pair for *_, pair in used} | {(1, 1)}, batch)
+        times = interleaved(calls | searches, p.query_repeats, device, desc=f"{batch} queries at once")
+        for (system, decoding, pair), retriever in systems.items():
+            single = (system, "", (1, 1))
+            about = {"system": system, "decoding": decoding, "side": "query", "count": pair[0], "k_passage": pair[1],
+                     "used": (system, decoding, pair) not in more, "batch": batch, "text_tokens": shortest}  # fmt: skip
+            spent = {ENCODING: (times[system, decoding, pair], times[single])}
+            if about["used"]:
+                sparse = times[SPARSE] if SELECTION_MODE in retriever.modes else 0.0
+                spent[SEARCH] = times[pair] + sparse, times[1, 1] + sparse
+                spent[END_TO_END] = tuple(a + b for a, b in zip(spent[ENCODING], spent[SEARCH]))
+            for quantity, (own, one) in spent.items():
+                indexed = {"quantity": quantity, "passages": 0 if quantity == ENCODING else passages}
+                rows.append(indexed | about | _measured(own, one))
+    ways = ("DiffRetriever", ""), ("PromptReps", FORCED)
+    most = [max((timed for timed in used if timed[:2] == way), key=lambda timed: timed[2][1]) for way in ways]
+    for tokens in sorted(p.text_tokens):
+        systems, texts = _systems(study, most, tokens), long_texts(study, tokens, 1)
+        calls = {key: partial(_encode, retriever, texts, "passage") for key, retriever in systems.items()}
+        times = interleaved(calls, p.query_repeats, device, desc=f"a passage of {tokens} tokens")
+        for system, decoding, pair in systems:
+            about = {"quantity": ENCODING, "system": system, "decoding": decoding, "side": "passage", "count": pair[1],
+                     "k_passage": pair[1], "used": True, "batch": 1, "text_tokens": tokens, "passages": 0}  # fmt: skip
+            rows.append(about | _measured(times[system, decoding, pair], times[system, "", (1, 1)]))
     return pd.DataFrame(rows)
 
 
-def claim4_ratios(encoding: pd.DataFrame, counts: Sequence[int]) -> pd.DataFrame:
-    """Several vectors of a query against one, from :func:`encoding_latency`.
+def _encode(retriever: Retriever, texts: list[str], side: Any) -> object:
+    return retriever.reader(retriever.features(texts, side))
 
-    Columns comparison, ratio (median), ratio_low, ratio_high (its 95 % interval over the rounds), vectors_a, vectors_b,
-    decoding, system ("DiffRetriever" or "PromptReps") and count (K or N).
+
+def _measured(own: np.ndarray, one: np.ndarray) -> dict[str, Any]:
+    """Median milliseconds and the median ratio to the times of one vector, each with its interval."""
+    ratio = median_interval(own / one)
+    named = dict(zip(("ratio", "ratio_low", "ratio_high"), ratio.values()))
+    return {"rounds": len(own)} | median_interval(own * 1000) | {"unit": "ms"} | named
+
+
+def claim4_ratios(table: pd.DataFrame) -> pd.DataFrame:
+    """Several vectors of a query against one, from :func:`latency`: what claim 4 says, at each batch and end to end.
+
+    Columns comparison, quantity ("encoding" or "end to end"), system ("DiffRetriever" or "PromptReps"), decoding, count
+    (K, or N with the prompt's own vector), batch, used, passages, rounds, value (median of the rounds' ratios), low,
+    high (its 95 % interval) and unit ("times").
     """
-    fewest, found = min(counts), encoding[(encoding["curve"] == "vectors") & (encoding["side"] == "query")]
-    found = found.rename(columns={"vectors": "vectors_a"}).sort_values(["decoding", "vectors_a"], ascending=False)
-    masks = found[(found["system"] == "DiffRetriever") & (found["vectors_a"] > fewest)]
-    decoded = found[(found["system"] == "PromptReps multi") & found["vectors_a"].isin([1 + max(counts), 5])]
-    masks = masks.assign(count=masks["vectors_a"], vectors_b=fewest)
-    decoded = decoded.assign(count=decoded["vectors_a"] - 1, vectors_b=1, system="PromptReps")
-    masks["comparison"] = [f"DiffRetriever K={k} / K={fewest}" for k in masks["count"]]
-    endings = decoded["decoding"].map({FORCED: "", ANSWERED: f", {ANSWERED}"})
-    decoded["comparison"] = "PromptReps N=" + decoded["count"].astype(str) + " / single" + endings
-    columns = "comparison ratio ratio_low ratio_high vectors_a vectors_b decoding system count"
-    return pd.concat([masks, decoded], ignore_index=True)[columns.split()]
+    rows = table[(table["side"] == "query") & (table["quantity"] != SEARCH) & (table["count"] > 1)].copy()
+    letter = rows["system"].map({"DiffRetriever": "K", "PromptReps": "N"})
+    rows["comparison"] = [
+        f"{r.system} {k}={r.count_} / {k}=1{', ' * bool(r.decoding)}{r.decoding}, batch {r.batch}, {r.quantity}"
+        for k, r in zip(letter, rows.rename(columns={"count": "count_"}).itertuples())
+    ]
+    rows = rows.assign(value=rows["ratio"], low=rows["ratio_low"], high=rows["ratio_high"], unit="times")
+    rows = rows.sort_values(["quantity", "batch", "system", "count", "decoding"], kind="stable", ignore_index=True)
+    columns = "comparison quantity system decoding count batch used passages rounds value low high unit"
+    return rows[columns.split()]
 
 
-def search_latency(study: Study, selected: tuple[int, int], others: Sequence[tuple[int, int]] = ()) -> pd.DataFrame:
+def in_words(ratios: pd.DataFrame) -> str:
+    """Two sentences on :func:`claim4_ratios`: encoding one query, and end to end with the largest batch."""
+
+    def said(system: str, quantity: str, batch: int) -> str:
+        own = ratios[(ratios["system"] == system) & (ratios["quantity"] == quantity) & (ratios["batch"] == batch)]
+        r = own[own["used"] & (own["decoding"] != ANSWERED)].sort_values("count").iloc[-1]
+        interval = f" [{r['low']:.2f}, {r['high']:.2f}]" if r["low"] == r["low"] else ""
+        return f"{r['value']:.2f} times{interval} ({'K' if system == 'DiffRetriever' else 'N'} = {r['count']})"
+
+    one, many = ratios["batch"].min(), ratios["batch"].max()
+    masks, decoded = ([said(s, ENCODING, one), said(s, END_TO_END, many)] for s in ("DiffRetriever", "PromptReps"))
+    return (
+        f"Encoding one query costs the diffusion backbone {masks[0]} the time of one mask, and the "
+        f"autoregressive one {decoded[0]} the time of one vector. For {many} queries at once, with the search of "
+        f"{ratios['passages'].max():,} passages, these are {masks[1]} and {decoded[1]}."
+    )
+
+
+def search_latency(study: Study, selected: Pair) -> pd.DataFrame:
     """Time an exact search for one query, top 100, against the number of vectors in the index.
 
-    Dense vectors are random (the time does not depend on them); sparse rows are drawn from those of the first test
-    collection.  A passage has one vector, or Kp of the selected pair.  At last all kinds, and the pairs ``others``,
-    search the same number of passages, as many as the largest MaxSim index has.  Columns index, vectors, passages,
-    k_query, k_passage, q1_ms, median_ms, q3_ms and note (why an index was left out).
+    A passage has one vector, or Kp of the selected pair in an index for MaxSim.  Columns index, vectors, passages,
+    rounds, value, low, high (as of :func:`latency`), unit ("ms") and note (why an index was left out).
+    """
+    rows, kinds = [], {(1, 1): SINGLE_FAISS, tuple(selected): MAXSIM, SPARSE: SPARSE}
+    for size in sorted(study.profile.efficiency.index_sizes):
+        for pair in ((1, 1), tuple(selected)):
+            asked = max(1, size // pair[1])
+            calls, n = _index(study, {pair}, 1, asked)
+            row = {"index": kinds[pair], "vectors": asked * pair[1], "passages": asked, "unit": "ms", "note": ""}
+            if n < asked:
+                rows.append(row | {"note": f"left out: {MEMORY_SHARE:.0%} of the free memory take {n:,} passages"})
+                continue
+            calls = {k: call for k, call in calls.items() if k != SPARSE or pair == (1, 1)}
+            times = interleaved(calls, study.profile.efficiency.query_repeats, torch.device("cpu"), desc="searching")
+            rows += [row | {"index": kinds[k], "rounds": len(t)} | median_interval(t * 1000) for k, t in times.items()]
+    columns = "index vectors passages rounds value low high unit note"
+    return pd.DataFrame(rows).reindex(columns=columns.split())
+
+
+def _index(
+    study: Study, pairs: Collection[Pair], batch: int, passages: int | None = None
+) -> tuple[dict[Hashable, Callable[[], object]], int]:
+    """Searches of indexes of as many passages, by pair (Kq, Kp), and that of sparse rows; and how many passages.
+
+    By default as many as the profile's largest index has at the most vectors, up to :data:`INDEXED_PASSAGES`; always as
+    few as the memory takes.
     """
     rng, collection = np.random.default_rng(study.profile.seed), study.test_collections[0]
-    sides = [study.encode(study.diffretriever(1, 1), collection, side).sparse for side in ("query", "passage")]
-    rows: list[dict[str, Any]] = []
-    for size in sorted(study.profile.efficiency.index_sizes):
-        indexes = [(SINGLE_FAISS, size, 1, 1), (SPARSE, size, 1, 1), (MAXSIM, max(1, size // selected[1]), *selected)]
-        rows += _search_run(study, indexes, *sides, rng)
-    if largest := [r["passages"] for r in rows if r["index"] == MAXSIM and not r["note"]]:
-        n = min(max(largest), INDEXED_PASSAGES)
-        pairs = dict.fromkeys((tuple(selected), *map(tuple, others)))
-        indexes = [(SINGLE_FAISS, n, 1, 1), (SPARSE, n, 1, 1), *((MAXSIM, n, *pair) for pair in pairs)]
-        rows += _search_run(study, indexes, *sides, rng)
-    own = ["index", "passages", "k_query", "k_passage"]
-    return pd.DataFrame(rows).drop_duplicates(own, keep="last", ignore_index=True)
-
-
-def _search_run(
-    study: Study, indexes: Sequence[tuple], asked: sp.csr_matrix, known: sp.csr_matrix, rng: np.random.Generator
-) -> list[dict[str, Any]]:
-    """A row for each index (kind, passages, Kq, Kp), all timed in turn, but for those that take too much memory."""
-    hidden, free = study.backbone("diffusion").model.config.hidden_size, psutil.virtual_memory().available
-    needed = {i: i[1] * (8 * known.nnz / known.shape[0] if i[0] == SPARSE else 4 * i[3] * hidden) for i in indexes}
-    fitting = [index for index in indexes if needed[index] <= MEMORY_SHARE * free]
-    passages = _normal(rng, max([n * kp for kind, n, _, kp in fitting if kind != SPARSE], default=0), hidden)
-    queries = _normal(rng, max(kq for _, _, kq, _ in indexes), hidden)
+    hidden, most = study.backbone("diffusion").model.config.hidden_size, max(kp for _, kp in pairs)
+    n = passages or min(max(study.profile.efficiency.index_sizes) // most, INDEXED_PASSAGES)
+    n = max(1, min(n, int(MEMORY_SHARE * psutil.virtual_memory().available / (4 * hidden * most))))
+    known, asked = _normal(rng, n * most, hidden), _normal(rng, batch * max(kq for kq, _ in pairs), hidden)
     calls: dict[Hashable, Callable[[], object]] = {}
-    for index in fitting:
-        kind, n, kq, kp = index
-        if kind == SPARSE:
-            matrices = asked[:1], known[rng.integers(0, known.shape[0], n)]
-            sides = (Representations(None, np.zeros(m.shape[0], int), m) for m in matrices)
-            calls[index] = partial(sparse_search, *sides, 100)
-        elif kind == SINGLE_FAISS:
+    for kq, kp in pairs:
+        if kq == kp == 1:
             flat = faiss.IndexFlatIP(hidden)
-            flat.add(passages[:n])
-            calls[index] = partial(flat.search, queries[:1], min(100, n))
+            flat.add(known[:n])
+            calls[kq, kp] = partial(flat.search, asked[:batch], min(100, n))
         else:
-            arrays = queries[None, :kq], passages[: n * kp].reshape(n, kp, hidden)
+            arrays = asked[: batch * kq].reshape(batch, kq, hidden), known[: n * kp].reshape(n, kp, hidden)
             sides = (Representations(a, np.full(len(a), a.shape[1])) for a in arrays)
-            calls[index] = partial(maxsim_search, *sides, 100)
-    times = interleaved(calls, study.profile.efficiency.repeats, torch.device("cpu"), desc="searching")
-    rows = []
-    for index in indexes:
-        kind, n, kq, kp = index
-        row = {"index": kind, "vectors": n * kp, "passages": n, "k_query": kq, "k_passage": kp}
-        left_out = f"left out: {needed[index] / 1e9:.1f} GB of vectors, {free / 1e9:.1f} GB free"
-        rows.append(row | _milliseconds(times.get(index, [np.nan])) | {"note": "" if index in times else left_out})
-    return rows
+            calls[kq, kp] = partial(maxsim_search, *sides, 100)
+    retriever = study.diffretriever(1, 1)
+    sides = [study.encode(retriever, collection, side).sparse for side in ("query", "passage")]
+    rows = [side[rng.integers(0, side.shape[0], size)] for side, size in zip(sides, (batch, n))]
+    sparse = (Representations(None, np.zeros(m.shape[0], int), m) for m in rows)
+    calls[SPARSE] = partial(sparse_search, *sparse, 100)
+    return calls, n
 
 
 def _normal(rng: np.random.Generator, n: int, hidden: int) -> np.ndarray:
@@ -249,49 +281,28 @@ def _normal(rng: np.random.Generator, n: int, hidden: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def read_effectiveness(tables: Path) -> pd.DataFrame:
-    """Read ``evaluation.csv``, which notebook 04 writes to a profile's folder of tables."""
-    return pd.read_csv(tables / "evaluation.csv").astype({"k_query": "Int64", "k_passage": "Int64"})
-
-
-def pairs_of(effectiveness: pd.DataFrame) -> list[tuple[int, int]]:
-    """Pairs (Kq, Kp) of the systems with several vectors a text."""
-    pairs = effectiveness[["k_query", "k_passage"]].dropna().drop_duplicates().astype(int)
-    return [(q, p) for q, p in pairs.itertuples(index=False, name=None) if (q, p) != (1, 1)]
-
-
 def effectiveness_latency(
-    encoding: pd.DataFrame, search: pd.DataFrame, effectiveness: pd.DataFrame, out_of_domain: Sequence[str]
+    table: pd.DataFrame, effectiveness: pd.DataFrame, out_of_domain: Sequence[str]
 ) -> pd.DataFrame:
     """Effectiveness of each system beside its latency: encoding a query, and searching (the paper's Figure 1).
 
-    The tables are those of :func:`encoding_latency`, :func:`search_latency` and :func:`read_effectiveness`, averaged
-    over the collections ``out_of_domain``.  All systems search as many passages, the most at which every kind of index
-    was timed.  A fine-tuned system costs what its backbone costs, the adapter being merged.  Columns training, system,
-    mode (hybrid, or dense where there is no hybrid), ndcg, timed_vectors (of the encoding that was timed: the least
-    count not below the system's), encoding_ms, search_ms, latency_ms and indexed_passages; without systems of which
-    encoding or index was not timed (BM25).
+    ``table`` is that of :func:`latency`, ``effectiveness`` the long table of means (``evaluation.csv``), averaged over
+    the collections ``out_of_domain``.  A fine-tuned system costs what its backbone costs, the adapter being merged.
+    Columns training, system, mode (hybrid, or dense where there is no hybrid), ndcg, encoding_ms, search_ms, latency_ms
+    and passages (of the index); without systems that were not timed (BM25).
     """
     cells = effectiveness[(effectiveness["metric"] == METRIC) & effectiveness["collection"].isin(out_of_domain)]
     values = macro(cells, ["training", "system", "mode", "k_query", "k_passage"]).fillna({"k_query": 1, "k_passage": 1})
     values = values[values["mode"].isin([SELECTION_MODE, "dense"])].sort_values("mode", ascending=False, kind="stable")
-    timed = encoding[(encoding["curve"] == "vectors") & (encoding["side"] == "query")]
-    timed = timed[timed["decoding"] != FORCED].sort_values("vectors")
-    found = search[search["median_ms"].notna() & (search["passages"] <= INDEXED_PASSAGES)]
-    common = set.intersection(*(set(found[found["index"] == k]["passages"]) for k in (SINGLE_FAISS, MAXSIM, SPARSE)))
-    passages = max(common, default=0)
-    search_ms = found[found["passages"] == passages].set_index(["index", "k_query", "k_passage"])["median_ms"].to_dict()
-    rows = []
+    timed = table[(table["side"] == "query") & table["used"] & (table["batch"] == table["batch"].min())]
+    keys = ["system", "decoding", "count", "k_passage", "quantity"]
+    ms, passages, rows = timed.set_index(keys)["value"].to_dict(), timed["passages"].max(), []
     for row in values.drop_duplicates(["training", "system"]).sort_index().itertuples():
-        name = next((n for n in ("DiffRetriever", "PromptReps multi") if row.system.startswith(n)), row.system)
-        read = timed[(timed["system"] == name) & (timed["vectors"] >= row.k_query)].head(1)
-        kind = SINGLE_FAISS if row.k_query == row.k_passage == 1 else MAXSIM
-        searching = search_ms.get((kind, row.k_query, row.k_passage))
-        if read.empty or searching is None:
-            continue
-        encoding_ms = read["median_ms"].item()
-        searching += search_ms[SPARSE, 1, 1] if row.mode == SELECTION_MODE else 0.0
-        latency = (read["vectors"].item(), encoding_ms, searching, encoding_ms + searching)
-        rows.append((row.training, row.system, row.mode, row.value, *latency, int(passages)))
-    columns = "training system mode ndcg timed_vectors encoding_ms search_ms latency_ms indexed_passages"
+        several = row.system == "PromptReps multi"
+        decoding = (ANSWERED if row.training == "zero-shot" else FORCED) if several else ""
+        name = row.system.removesuffix(" single").removesuffix(" multi")
+        spent = [ms.get((name, decoding, row.k_query, row.k_passage, q)) for q in (ENCODING, SEARCH, END_TO_END)]
+        if None not in spent:
+            rows.append((row.training, row.system, row.mode, row.value, *spent, passages))
+    columns = "training system mode ndcg encoding_ms search_ms latency_ms passages"
     return pd.DataFrame(rows, columns=columns.split())

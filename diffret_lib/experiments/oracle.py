@@ -1,17 +1,15 @@
 """The per-query oracle over the grid of pairs (Kq, Kp), and how much of its headroom is chance (claim 7).
 
-The best of M noisy values lies above their mean: an oracle gains even where all pairs are equally good.  Two estimates:
+The best of M noisy values lies above their mean: an oracle gains even where all pairs are equally good.  How much, says
+a **random twin** of the grid.  Let S_m(p) be pair m's score of passage p for a query, standardised per query and pair,
+C their mean over the pairs (the consensus) and D_m = S_m - C.  A twin is C + D with the departures D permuted among
+passages of neighbouring consensus ranks, the same permutation for all pairs: twins depart from one another as much, and
+as jointly, as the pairs do, but know nothing of relevance beyond the consensus.  Their oracle's headroom is the chance
+level; its distribution over draws gives a permutation test.
 
-**Random twins** (:func:`random_twins`).  Let S_m(p) be pair m's score of passage p for a query, standardised per
-query and pair, C their mean over the pairs (the consensus) and D_m = S_m - C.  A twin of the grid is C + D with the
-departures D permuted among passages of neighbouring consensus ranks, the same permutation for all pairs: twins depart
-from one another as much, and as jointly, as the pairs do, but know nothing of relevance beyond the consensus.  The
-headroom over the twins is the chance level; its distribution over draws gives a permutation test.
-
-**Split halves** (:func:`cross_fitted`).  A pair chosen on one half of a query's passages is scored on the other.
-
-Where pairs differ in quality for all queries alike, both lean to finding nothing over the best fixed pair; departures
-that are larger on relevant passages (they share words with the query), and move together there, bias the other way.
+Headroom is over the best *fixed* pair, which the other half of the queries chooses (cross-fitting), in the grid and in
+every twin alike.  Where pairs differ in quality for all queries, the estimate leans to finding nothing; departures that
+are larger on relevant passages (they share words with the query), and move together there, bias it the other way.
 """
 
 from __future__ import annotations
@@ -26,48 +24,13 @@ import pandas as pd
 from tqdm import tqdm
 
 from diffret_lib.data.collection import Collection
-from diffret_lib.experiments.comparison import PAIR, per_query_best, transfer
+from diffret_lib.experiments.comparison import PAIR, RESAMPLES, held_out_best, paired
 from diffret_lib.experiments.study import Study
-from diffret_lib.retrieval.metrics import METRIC, bootstrap_interval, macro_interval, macro_randomization_p
+from diffret_lib.retrieval.metrics import METRIC
 from diffret_lib.retrieval.search import SELECTION_MODE, rank
 
 Pair = tuple[int, int]
-TWINS, SPLIT = "random twins", "split halves"
-
-
-def oracle_table(
-    grid: pd.DataFrame, selected: Pair, *, fine_tuned: pd.DataFrame | None = None, chance: Mapping | None = None
-) -> pd.DataFrame:
-    """Compare fixed pairs and the per-query oracle on a grid (:meth:`diffret_lib.experiments.study.Study.grid`).
-
-    ``fine_tuned`` is from :func:`read_fine_tuned` (ValueError for other queries), ``chance`` from :meth:`Twins.chance`.
-
-    Columns collection, coverage, queries, single, selected, fine_tuned, best_fixed_pair, best_fixed, oracle, headroom
-    (oracle less best fixed), chance, beyond_chance (headroom less chance) and tied (share of the queries for which all
-    pairs are equally good); nan for everything that is not given.
-    """
-    best = per_query_best(grid)
-    best["tied"] = best["ties"] == grid.groupby(PAIR).ngroups
-    means = best.groupby("collection")[["value", "tied"]].mean()
-    table = transfer(grid, selected).rename(columns={"best_pair": "best_fixed_pair", "best": "best_fixed"})
-    table = table.set_index("collection").assign(fine_tuned=np.nan, oracle=means["value"], tied=means["tied"])
-    if fine_tuned is not None:
-        table["fine_tuned"] = _same_queries(fine_tuned, grid).groupby("collection")["value"].mean()
-    table["headroom"] = table["oracle"] - table["best_fixed"]
-    table["chance"] = pd.Series(chance or {}, dtype=float)
-    table["beyond_chance"] = table["headroom"] - table["chance"]
-    columns = "collection coverage queries single selected fine_tuned best_fixed_pair best_fixed oracle headroom chance"
-    return table.reset_index()[[*columns.split(), "beyond_chance", "tied"]]
-
-
-def read_fine_tuned(path: Path, selected: Pair) -> pd.DataFrame | None:
-    """Read the fine-tuned system's per-query values at the selected pair from ``per_query.csv``; None without any."""
-    if not path.is_file():
-        return None
-    rows = pd.read_csv(path, dtype={"query_id": str})
-    rows = rows[(rows["training"] == "fine-tuned") & (rows["system"] == "DiffRetriever multi")]
-    rows = rows[(rows["k_query"] == selected[0]) & (rows["k_passage"] == selected[1])]
-    return rows if len(rows) else None
+_KEYS = ["collection", "query_id"]
 
 
 def pair_distribution(best: pd.DataFrame, grid_values: Sequence[int]) -> pd.DataFrame:
@@ -77,15 +40,18 @@ def pair_distribution(best: pd.DataFrame, grid_values: Sequence[int]) -> pd.Data
     return 100 * counts / max(1.0, counts.to_numpy().sum())
 
 
-def _same_queries(fine_tuned: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
-    """Hybrid fine-tuned rows of the grid's collections; ValueError where the queries are not the grid's."""
-    known = grid.groupby("collection")["query_id"].agg(set)
-    rows = fine_tuned[(fine_tuned["mode"] == SELECTION_MODE) & (fine_tuned["metric"] == METRIC)]
-    rows = rows[rows["collection"].isin(known.index)]
-    for collection, queries in rows.groupby("collection")["query_id"]:
-        if set(queries) != known[collection]:
-            raise ValueError(f"fine-tuned values on {collection} are not of the grid's queries: run notebook 04 again")
-    return rows
+def read_fine_tuned(path: Path, selected: Pair) -> pd.Series | None:
+    """Fine-tuned DiffRetriever multi at the selected pair, hybrid, from ``per_query.csv``; None where it has no rows.
+
+    nDCG@10, indexed by collection and query.
+    """
+    if not path.is_file():
+        return None
+    rows = pd.read_csv(path, dtype={"query_id": str})
+    rows = rows[(rows["training"] == "fine-tuned") & (rows["system"] == "DiffRetriever multi")]
+    rows = rows[(rows["mode"] == SELECTION_MODE) & (rows["metric"] == METRIC)]
+    rows = rows[(rows["k_query"] == selected[0]) & (rows["k_passage"] == selected[1])]
+    return rows.set_index(_KEYS)["value"] if len(rows) else None
 
 
 class QueryScores(NamedTuple):
@@ -109,12 +75,11 @@ class GridScores(NamedTuple):
 
 def grid_scores(study: Study, collection: Collection) -> GridScores:
     """Search a collection with every pair of the profile's grid, hybrid; encodings come from the cache."""
-    sides = {k: study.diffretriever(k, k) for k in study.profile.k_grid}
-    queries = {k: study.encode(r, collection, "query") for k, r in sides.items()}
-    passages = {k: study.encode(r, collection, "passage") for k, r in sides.items()}
+    queries, passages = (study.sides(collection, side) for side in ("query", "passage"))
     pairs = list(product(study.profile.k_grid, repeat=2))
+    options = SELECTION_MODE, study.profile.top_k, collection.excluded
     bar = tqdm(pairs, desc=f"{collection.name}: pairs", unit="pair")
-    found = [rank(queries[kq], passages[kp], SELECTION_MODE, study.profile.top_k) for kq, kp in bar]
+    found = [rank(queries[kq], passages[kp], *options) for kq, kp in bar]
     passage_ids, place = list(collection.passage_ids), {query: i for i, query in enumerate(collection.query_ids)}
     out = []
     for query, judged in sorted(collection.qrels.items()):
@@ -123,7 +88,7 @@ def grid_scores(study: Study, collection: Collection) -> GridScores:
             retrieved = indices[place[query]]
             row[retrieved[retrieved >= 0]] = of_pair[place[query]][retrieved >= 0]
         relevance = np.array([judged.get(passage, 0) for passage in passage_ids], float)
-        union = ~np.isnan(scores).all(0) | np.isin(passage_ids, list(judged))
+        union = ~np.isnan(scores).all(0) | (relevance > 0)
         scores = scores[:, union]
         least = np.nan_to_num(np.nanmin(scores, axis=1, keepdims=True, initial=np.inf), posinf=0.0)
         out.append(QueryScores(query, _standardised(np.where(np.isnan(scores), least, scores)), relevance[union]))
@@ -138,7 +103,7 @@ def _standardised(scores: np.ndarray) -> np.ndarray:
 def ndcg(scores: np.ndarray, relevance: np.ndarray, depth: int = 10) -> np.ndarray:
     """nDCG of many rankings of the same passages (float64 [...]); of equal scores the first passage stands first.
 
-    Scores are [..., P], and relevance [P] with at least one above 0.  :mod:`ranx` gives the same, one run at a time.
+    Scores are [..., P], relevance is [P]; without any above 0 all is 0.  :mod:`ranx` gives the same, one run at a time.
     """
     gain = np.zeros(scores.shape[:-1])
     for i in np.flatnonzero(relevance > 0):
@@ -146,30 +111,19 @@ def ndcg(scores: np.ndarray, relevance: np.ndarray, depth: int = 10) -> np.ndarr
         above = (scores > own).sum(-1) + (scores[..., :i] == own).sum(-1)
         gain += np.where(above < depth, relevance[i] / np.log2(above + 2), 0.0)
     best = np.sort(relevance[relevance > 0])[::-1][:depth]
-    return gain / (best / np.log2(np.arange(len(best)) + 2)).sum()
+    return gain / max((best / np.log2(np.arange(len(best)) + 2)).sum(), 1e-12)
 
 
 class Twins(NamedTuple):
-    """nDCG@10 by collection: of the grid (``observed``, float [Q, M]), and of its twins (``drawn``, [draws, Q, M])."""
+    """nDCG@10 of the grid (``observed``, float [Q, M]) and of its twins (``drawn``, [draws, Q, M]), by collection.
+
+    ``queries`` has the ids of the Q queries; ``pairs`` are the M pairs.
+    """
 
     pairs: list[Pair]
+    queries: dict[str, list[str]]
     observed: dict[str, np.ndarray]
     drawn: dict[str, np.ndarray]
-
-    def headrooms(self, fixed: Pair | None = None, k_passage: int | None = None) -> list[dict[str, np.ndarray]]:
-        """Headroom of the oracle for each query by collection: on the grid [Q], and on its twins [draws, Q].
-
-        It is over the pair ``fixed``, or over each collection's best one (of the twins, the best of each draw).  With
-        ``k_passage`` the oracle chooses Kq alone, at this Kp.
-        """
-        columns = [i for i, (_, kp) in enumerate(self.pairs) if k_passage in (None, kp)]
-        place = None if fixed is None else columns.index(self.pairs.index(fixed))
-        sides = (self.observed, self.drawn)
-        return [{c: headroom(values[..., columns], place) for c, values in side.items()} for side in sides]
-
-    def chance(self, fixed: Pair | None = None, k_passage: int | None = None) -> dict[str, float]:
-        """Chance level of each collection: mean headroom over the twins; parameters as of :meth:`headrooms`."""
-        return {c: float(h.mean()) for c, h in self.headrooms(fixed, k_passage)[1].items()}
 
 
 def random_twins(scores: Mapping[str, GridScores], *, draws: int = 499, stratum: int = 10, seed: int = 0) -> Twins:
@@ -179,13 +133,14 @@ def random_twins(scores: Mapping[str, GridScores], *, draws: int = 499, stratum:
     small strata many keep their place (1 in ``stratum``), which is conservative; large ones mix unlike passages.
     """
     rng = np.random.default_rng(seed)
-    observed, drawn = {}, {}
+    twins = Twins(next(iter(scores.values())).pairs, {}, {}, {})
     for collection, grid in scores.items():
-        observed[collection] = np.stack([ndcg(q.scores, q.relevance) for q in grid.queries])
-        drawn[collection] = np.empty((draws, *observed[collection].shape), np.float32)
+        twins.queries[collection] = [q.query_id for q in grid.queries]
+        twins.observed[collection] = np.stack([ndcg(q.scores, q.relevance) for q in grid.queries])
+        twins.drawn[collection] = np.empty((draws, *twins.observed[collection].shape), np.float32)
         for i, query in enumerate(tqdm(grid.queries, desc=f"{collection}: random twins", unit="query")):
-            drawn[collection][:, i] = _twin_values(query, draws, stratum, rng)
-    return Twins(next(iter(scores.values())).pairs, observed, drawn)
+            twins.drawn[collection][:, i] = _twin_values(query, draws, stratum, rng)
+    return twins
 
 
 def _twin_values(query: QueryScores, draws: int, stratum: int, rng: np.random.Generator, block: int = 50) -> np.ndarray:
@@ -204,133 +159,105 @@ def _twin_values(query: QueryScores, draws: int, stratum: int, rng: np.random.Ge
     return np.concatenate(values)
 
 
-def headroom(values: np.ndarray, fixed: int | None = None) -> np.ndarray:
-    """Best value of each query less the fixed column's (by default that of the best mean); [..., Q, M] to [..., Q]."""
-    if fixed is not None:
-        return values.max(-1) - values[..., fixed]
-    best = values.mean(-2).argmax(-1)[..., None, None]
-    return values.max(-1) - np.take_along_axis(values, best, -1)[..., 0]
+def oracle_queries(
+    twins: Twins, selected: Pair, *, seed: int = 0, fine_tuned: pd.Series | None = None
+) -> pd.DataFrame:
+    """nDCG@10 of each query by the oracle and by fixed pairs, from which the tables below are made.
 
-
-def cross_fitted(grid: GridScores, fixed: int, *, splits: int = 100, seed: int = 0) -> pd.DataFrame:
-    """Choose the oracle's pair on one half of a query's passages and score it on the other, in both directions.
-
-    Relevant passages and the others are each split at random (``splits`` times, averaged).  Where several pairs are
-    best on a half, the oracle keeps the fixed pair (index ``fixed``) if it is among them, and else takes their mean.
-    A row for each query with two relevant passages or more: query_id, headroom (on the half that chose) and replicated
-    (the same choice on the other half), both over the fixed pair.
+    Columns collection, query_id, oracle, best_fixed (:func:`~diffret_lib.experiments.comparison.held_out_best`),
+    selected, single (the first pair of the grid), fine_tuned (of :func:`read_fine_tuned`; nan without it), pairs and
+    twins (means over the pairs of the grid, and of twins), chance and chance_selected (headroom of the twins' oracle
+    over their own best fixed pair, and over the selected one, mean over draws), chance_kq (the latter where the oracle
+    chooses Kq alone) and tied (whether all pairs are equally good).  ValueError: fine-tuned values of other queries.
     """
-    rng = np.random.default_rng(seed)
+    place, same_kp = twins.pairs.index(selected), [i for i, pair in enumerate(twins.pairs) if pair[1] == selected[1]]
+    frames = []
+    for collection, values in twins.observed.items():
+        drawn = twins.drawn[collection]
+        best, own = drawn.max(-1), drawn[..., place]
+        columns = {
+            "oracle": values.max(1), "best_fixed": held_out_best(values, seed), "selected": values[:, place],
+            "single": values[:, 0], "pairs": values.mean(1), "twins": drawn.mean((0, 2), dtype=float),
+            "chance": (best - held_out_best(drawn, seed)).mean(0), "chance_selected": (best - own).mean(0, dtype=float),
+            "chance_kq": (drawn[..., same_kp].max(-1) - own).mean(0, dtype=float),
+            "tied": np.isclose(values, values[:, :1]).all(1),
+        }  # fmt: skip
+        frames.append(pd.DataFrame({"collection": collection, "query_id": twins.queries[collection], **columns}))
+    table = pd.concat(frames, ignore_index=True)
+    tuned = pd.Series(dtype=float) if fine_tuned is None else fine_tuned
+    table["fine_tuned"] = [tuned.get(key, np.nan) for key in zip(table["collection"], table["query_id"])]
+    for collection, rows in table.groupby("collection", sort=False):
+        known = {query for c, query in tuned.index if c == collection}
+        if known and known != set(rows["query_id"]):
+            raise ValueError(f"fine-tuned values on {collection} are not of the grid's queries: run notebook 04 again")
+    return table
+
+
+def oracle_table(queries: pd.DataFrame, *, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
+    """Means of :func:`oracle_queries` by collection, some with their 95 % interval (``<column>_low``, ``_high``).
+
+    Columns collection, queries, single, selected, fine_tuned, best_fixed, oracle, headroom (oracle less best fixed),
+    chance, beyond_chance (headroom less chance) and tied (share); selected, fine_tuned, best_fixed, oracle and
+    beyond_chance have intervals.
+    """
+    queries = queries.assign(headroom=queries["oracle"] - queries["best_fixed"])
+    queries["beyond_chance"] = queries["headroom"] - queries["chance"]
     rows = []
-    for query in grid.queries:
-        relevant, other = np.flatnonzero(query.relevance > 0), np.flatnonzero(query.relevance <= 0)
-        if len(relevant) < 2:
-            continue
-        gains = []
-        for _ in range(splits):
-            sides = [np.array_split(rng.permutation(side), 2) for side in (relevant, other)]
-            halves = [np.sort(np.concatenate(half)) for half in zip(*sides, strict=True)]
-            first, second = (ndcg(query.scores[:, half], query.relevance[half]) for half in halves)
-            gains += [_choose(first, second, fixed), _choose(second, first, fixed)]
-        rows.append((query.query_id, *np.mean(gains, axis=0)))
-    return pd.DataFrame(rows, columns=["query_id", "headroom", "replicated"])
+    for collection, own in queries.groupby("collection", sort=False):
+        row = {"collection": collection, "queries": len(own)}
+        for name in "single selected fine_tuned best_fixed oracle headroom chance beyond_chance tied".split():
+            row[name] = own[name].mean()
+            if name in ("selected", "fine_tuned", "best_fixed", "oracle", "beyond_chance"):
+                found = paired({collection: own[name].to_numpy()}, resamples, seed)
+                row |= {f"{name}_{end}": found[end] for end in ("low", "high")}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def _choose(choosing: np.ndarray, scoring: np.ndarray, fixed: int) -> tuple[float, float]:
-    best = np.isclose(choosing, choosing.max())
-    chosen = scoring[fixed] if best[fixed] else scoring[best].mean()
-    return choosing.max() - choosing[fixed], chosen - scoring[fixed]
+def twin_levels(twins: Twins, collections: Sequence[str], seed: int = 0) -> tuple[np.ndarray, float]:
+    """The oracle's macro headroom over the best fixed pair in each draw of twins (float [draws]), and in the grid."""
+    both = [(twins.drawn[c], twins.observed[c][None]) for c in collections]
+    rooms = [[(v.max(-1) - held_out_best(v, seed)).mean(-1) for v in side] for side in zip(*both, strict=True)]
+    return np.mean(rooms[0], axis=0), float(np.mean(rooms[1]))
 
 
 def oracle_chance(
-    grid: pd.DataFrame, scores: Mapping[str, GridScores], twins: Twins, selected: Pair, *, resamples: int, seed: int,
-    fine_tuned: pd.DataFrame | None = None,
-) -> pd.DataFrame:  # fmt: skip
-    """Headroom, chance level, and the part beyond chance by both estimates; macro over the collections.
+    queries: pd.DataFrame, twins: Twins, collections: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+) -> pd.DataFrame:
+    """Headroom of the oracle, its chance level and the part beyond chance; macro over some collections.
 
-    Columns method ("raw", "random twins", "split halves"), quantity, value, low, high, p, queries, reference ("best
-    fixed", "selected", "fine-tuning" or "") and kind ("headroom", "chance", "beyond chance", "mean", "difference").
-    Intervals are 95 % bootstrap intervals over queries, drawn within each collection; of a chance level by twins, the
-    middle 95 % of the draws.  p is one-sided, that the part beyond chance is above 0 (twins: a permutation test,
-    halves: sign flips); over fine-tuning it is two-sided.  Split halves pool their queries, and have no rows with
-    fewer than two.
+    ``queries`` is from :func:`oracle_queries`, with the same ``seed``; a resample of the queries has its own chance
+    level.  Columns method, quantity, reference ("best fixed", "selected" or "fine-tuning"), kind
+    ("headroom", "chance", "beyond chance") and those of :func:`~diffret_lib.experiments.comparison.paired`.  p is
+    two-sided; beyond chance over the best fixed pair it is that of the permutation test, twice the smaller tail.
     """
-    rows: list[tuple] = []
-    queries = sum(map(len, twins.observed.values()))
-
-    def add(method, quantity, interval, reference, kind, p=np.nan, n=queries) -> None:
-        rows.append((method, quantity, *interval, p, n, reference, kind))
-
-    references = {"best fixed": None, "selected": selected}
-    headrooms = {name: twins.headrooms(fixed) for name, fixed in references.items()}
-    for name, (observed, _) in headrooms.items():
-        add("raw", f"headroom over {name}", macro_interval(observed, resamples, seed), name, "headroom")
-    if fine_tuned is not None:
-        sides = per_query_best(grid), _same_queries(fine_tuned, grid)
-        best, tuned = (side.set_index(["collection", "query_id"])["value"] for side in sides)
-        by_query = (best - tuned).dropna().groupby(level="collection", sort=False)
-        if differences := {c: d.to_numpy() for c, d in by_query}:
-            p, interval = (f(differences, resamples, seed) for f in (macro_randomization_p, macro_interval))
-            n = sum(map(len, differences.values()))
-            add("raw", "headroom over fine-tuning", interval, "fine-tuning", "headroom", p, n)
-    for name, (observed, drawn) in headrooms.items():
-        levels = np.mean([h.mean(-1) for h in drawn.values()], axis=0)  # [draws]
-        add(TWINS, f"chance over {name}", _middle(levels), name, "chance")
-        beyond = {c: h - drawn[c].mean(0) for c, h in observed.items()}
-        value = np.mean([h.mean() for h in observed.values()])
-        p = float((1 + np.sum(levels >= value - 1e-9)) / (1 + len(levels)))
-        add(TWINS, f"beyond chance over {name}", macro_interval(beyond, resamples, seed), name, "beyond chance", p)
-    summaries = {"mean nDCG@10 of a pair": ("mean", lambda values: values.mean(-1)),
-                 "mean difference of two pairs": ("difference", _disagreement)}  # fmt: skip
-    for label, (kind, summary) in summaries.items():
-        observed = {c: summary(v) for c, v in twins.observed.items()}
-        add(TWINS, f"{label}, grid", macro_interval(observed, resamples, seed), "", kind)
-        levels = np.mean([summary(v).mean(-1) for v in twins.drawn.values()], axis=0)
-        add(TWINS, f"{label}, twins", _middle(levels), "", kind)
-    for name, fixed in references.items():
-        halves = []
-        for c, values in twins.observed.items():
-            place = int(values.mean(0).argmax()) if fixed is None else twins.pairs.index(fixed)
-            halves.append(cross_fitted(scores[c], place, seed=seed))
-        halves = pd.concat(halves)
-        if (n := len(halves)) < 2:
+    queries, rows = queries[queries["collection"].isin(list(collections))], []
+    parts = {"best fixed": ("best_fixed", "chance"), "selected": ("selected", "chance_selected"),
+             "fine-tuning": ("fine_tuned", "chance_selected")}  # fmt: skip
+    for reference, (column, chance) in parts.items():
+        headroom = queries["oracle"] - queries[column]
+        if headroom.isna().all():
             continue
-        found, kept = halves["headroom"].to_numpy(), halves["replicated"].to_numpy()
-        whole, lost, beyond = (bootstrap_interval(v, resamples, seed) for v in (found, found - kept, kept))
-        p = macro_randomization_p({"": kept}, resamples, seed) / 2
-        add(SPLIT, f"headroom over {name}", whole, name, "headroom", n=n)
-        add(SPLIT, f"lost on the other half, over {name}", lost, name, "chance", n=n)
-        add(SPLIT, f"beyond chance over {name}", beyond, name, "beyond chance", p if beyond[0] > 0 else 1 - p, n)
-    return pd.DataFrame(rows, columns="method quantity value low high p queries reference kind".split())
+        values = {"headroom": headroom, "chance": queries[chance], "beyond chance": headroom - queries[chance]}
+        for kind, of_kind in values.items():
+            by_collection = {c: v.to_numpy() for c, v in of_kind.groupby(queries["collection"])}
+            about = {"method": "raw" if kind == "headroom" else "random twins", "quantity": f"{kind} over {reference}"}
+            about |= {"reference": reference, "kind": kind}
+            rows.append(about | paired(by_collection, resamples, seed))
+    levels, observed = twin_levels(twins, collections, seed)
+    tails = [np.sum(levels >= observed - 1e-9), np.sum(levels <= observed + 1e-9)]
+    rows[2]["p"] = min(1.0, 2 * (1 + float(min(tails))) / (1 + len(levels)))
+    return pd.DataFrame(rows)
 
 
-def _middle(levels: np.ndarray) -> tuple[float, float, float]:
-    """Mean, and the range of the middle 95 %."""
-    return levels.mean(), *np.quantile(levels, [0.025, 0.975])
-
-
-def _disagreement(values: np.ndarray) -> np.ndarray:
-    """Mean absolute difference between two pairs' values, over all twos of pairs; [..., M] to [...]."""
-    m = values.shape[-1]
-    # of sorted values the i-th is the larger in i differences and the smaller in m - 1 - i
-    weights = 2 * np.arange(m) - (m - 1)
-    return np.sort(values, axis=-1) @ weights / max(1, m * (m - 1) / 2)
-
-
-def chance_summary(chance: pd.DataFrame, table: pd.DataFrame) -> str:
-    """Say in words (Markdown) what :func:`oracle_chance` and :func:`oracle_table` found."""
-    lines = [f"- For {table['tied'].mean():.0%} of the queries all pairs are equally good."]
-    for row in chance[chance["reference"] != ""].itertuples():
-        value = f"**{row.value:+.3f}** [{row.low:+.3f}, {row.high:+.3f}]"
-        over = row.reference if row.reference == "fine-tuning" else f"the {row.reference} pair"
-        p = "" if np.isnan(row.p) else f" (p = {row.p:.3g})"
-        if row.method == "raw":
-            lines.append(f"- The oracle gains {value} over {over}{p}, chance included.")
-        elif row.kind == "beyond chance":
-            lines.append(f"- By {row.method} ({row.queries} queries), {over}: the part beyond chance is {value}{p}.")
-    if SPLIT not in set(chance["method"]):
-        lines.append(f"- By {SPLIT}: too few queries with several relevant passages for an estimate.")
-    grid, twins, apart, twins_apart = chance[chance["reference"] == ""]["value"]
-    lines.append(f"- Mean nDCG@10 is {grid:.3f} of the pairs and {twins:.3f} of twins; on a query two pairs differ by "
-                 f"{apart:.3f}, two twins by {twins_apart:.3f}.")  # fmt: skip
-    return "\n".join(lines)
+def oracle_answer(chance: pd.DataFrame) -> str:
+    """One sentence (Markdown) on :func:`oracle_chance`."""
+    rows = chance[chance["reference"] == "best fixed"].set_index("kind")
+    room, level, beyond = (rows.loc[kind] for kind in ("headroom", "chance", "beyond chance"))
+    clear = "beyond chance" if beyond["p"] < 0.05 and beyond["value"] > 0 else "no more than chance"
+    return (
+        f"An oracle that knows each query's best pair gains **{room['value']:+.3f}** [{room['low']:+.3f}, "
+        f"{room['high']:+.3f}] nDCG@10 over the best fixed pair, and {level['value']:.3f} where all pairs are equally "
+        f"good: the difference, **{beyond['value']:+.3f}** [{beyond['low']:+.3f}, {beyond['high']:+.3f}] "
+        f"(p = {beyond['p']:.2g}, {beyond['queries']} queries), is {clear}."
+    )

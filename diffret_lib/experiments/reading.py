@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import product
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -13,12 +14,12 @@ from tqdm import tqdm
 from diffret_lib.addresses import address
 from diffret_lib.cache import remember
 from diffret_lib.data.collection import Collection
-from diffret_lib.experiments.study import Study
+from diffret_lib.experiments.study import Study, ranking
 from diffret_lib.models.prompts import ENGLISH_STOP_WORDS, SIDES, Side, content_words
 from diffret_lib.retrieval.metrics import METRIC, per_query
 from diffret_lib.retrieval.representations import Representations
-from diffret_lib.retrieval.search import RANK_MODES, rank, to_results
-from diffret_lib.retrieval.systems import Retriever
+from diffret_lib.retrieval.search import SELECTION_MODE, rank
+from diffret_lib.retrieval.systems import BM25, Retriever
 
 
 def predicted_tokens(retriever: Retriever, texts: Sequence[str], side: Side = "passage") -> list[list[str]]:
@@ -52,7 +53,7 @@ def mask_words_table(study: Study, texts: Sequence[str]) -> tuple[pd.DataFrame, 
     """Words that masks and the parent predict, one row a passage; and each reading's mean :func:`share_of_content`."""
     readings = {
         "one mask": study.diffretriever(1, 1), "four masks": study.diffretriever(4, 4),
-        "parent, next token": study.promptreps(0), "parent, decoded": study.promptreps(4),
+        "parent, next token": study.promptreps(), "parent, decoded": study.promptreps(5),
     }  # fmt: skip
     words, shares = pd.DataFrame({"passage": [text[:60].replace("\n", " ") + " ..." for text in texts]}), []
     for name, retriever in readings.items():
@@ -64,10 +65,10 @@ def mask_words_table(study: Study, texts: Sequence[str]) -> tuple[pd.DataFrame, 
 
 def reading_table(study: Study, texts: Sequence[str], side: Side) -> pd.DataFrame:
     """Tokens that DiffRetriever (K = 1, 4) and PromptReps (single, multi) read, one row a text."""
-    n = study.profile.promptreps_max_tokens
+    n = study.profile.promptreps_vectors
     readings = {
         "DiffRetriever K=1": study.diffretriever(1, 1), "DiffRetriever K=4": study.diffretriever(4, 4),
-        "PromptReps single": study.promptreps(0), f"PromptReps multi (N={n})": study.promptreps(n),
+        "PromptReps single": study.promptreps(), f"PromptReps multi (N={n})": study.promptreps(n),
     }  # fmt: skip
     table = pd.DataFrame({"text": [t[:70].replace("\n", " ") for t in texts]})
     for name, retriever in readings.items():
@@ -79,21 +80,11 @@ def _joined(tokens: Sequence[str], by: str) -> str:
     return by.join(t.strip() or "␣" for t in tokens)
 
 
-def read_out_table(study: Study) -> pd.DataFrame:
-    """nDCG@10 on the development collection in RANK_MODES, reading token i at position i - 1 (shifted) or at i."""
-    collection, rows = study.development, []
-    for k, shifted in product((1, 4), (True, False)):
-        runs = study.runs(study.diffretriever(k, k, shifted=shifted), collection, RANK_MODES)
-        ndcg = {mode: float(per_query(collection.qrels, run, (METRIC,))[METRIC].mean()) for mode, run in runs.items()}
-        rows.append({"read_out": "i - 1 (shifted)" if shifted else "i (not shifted)", "K": k} | ndcg)
-    return pd.DataFrame(rows)
-
-
 def self_similarity_table(study: Study, collection: Collection) -> pd.DataFrame:
     """How alike a passage's vectors are: columns system, vectors, cosine (mean), vectors used (mean)."""
-    n, rows = study.profile.promptreps_max_tokens, []
+    n, rows = study.profile.promptreps_vectors, []
     systems = [("DiffRetriever", k, study.diffretriever(k, k)) for k in study.profile.k_grid[1:]]
-    for name, count, retriever in [*systems, ("PromptReps multi", 1 + n, study.promptreps(n))]:
+    for name, count, retriever in [*systems, ("PromptReps multi", n, study.promptreps(n))]:
         vectors = study.encode(retriever, collection, "passage")
         rows.append((name, count, mean_self_similarity(vectors), vectors.lengths.mean()))
     return pd.DataFrame(rows, columns=["system", "vectors", "cosine", "vectors used"])
@@ -112,9 +103,14 @@ def mean_self_similarity(representations: Representations) -> float:
 def mask_words(retriever: Retriever, texts: Sequence[str], side: Side) -> list[list[str]]:
     """The greedy token at each position of each text, numbered from 1 ("1 heap"); a token of spaces alone is "␣"."""
     return [
-        [f"{i} {t if t.isprintable() else ascii(t)[1:-1]}" for i, t in enumerate((t.strip() or "␣" for t in row), 1)]
+        [f"{i} {_printable(token)}" for i, token in enumerate(row, 1)]
         for row in predicted_tokens(retriever, texts, side)
     ]
+
+
+def _printable(token: str) -> str:
+    token = token.strip() or "␣"
+    return token if token.isprintable() else ascii(token)[1:-1]
 
 
 def alignment(retriever: Retriever, query: str, passage: str) -> pd.DataFrame:
@@ -131,19 +127,87 @@ def alignment(retriever: Retriever, query: str, passage: str) -> pd.DataFrame:
     return pd.DataFrame(vectors[0] @ vectors[1].T, *names)
 
 
-def explain(
-    retriever: Retriever, collection: Collection, passages: Representations, query: str, top_k: int, mode: str = "dense"
-) -> pd.DataFrame:
-    """The best passages for any query text: columns rank (from 1), score, passage_id, words (at the masks), text.
+def top_tokens(retriever: Retriever, text: str, side: Side, count: int = 5) -> pd.DataFrame:
+    """The best tokens of each position that counts: a row a position (from 1), columns "1" (the greedy one), "2" ..."""
+    reader = retriever.reader
+    with torch.inference_mode():
+        out = reader(retriever.features([text], side))
+        vectors = out["token_embeddings"][:, out["attention_mask"][0].bool()]
+        # the vectors are normalised, which changes no order of their logits
+        best = reader.logits(vectors.to(reader.model.dtype))[0].topk(count).indices
+    rows = [[_printable(reader.tokenizer.decode([i])) for i in row] for row in best.tolist()]
+    index = pd.Index(range(1, 1 + len(rows)), name=f"position of the {side}")
+    return pd.DataFrame(rows, index, [str(i) for i in range(1, 1 + count)])
 
-    A sparse search leaves out passages that share no term.  ValueError: ``passages`` are not the collection's.
+
+@dataclass
+class Explorer:
+    """One collection of a study, searched zero-shot by one system at one pair of counts, and by BM25.
+
+    ``system`` is "DiffRetriever", with the masks of ``pair`` (Kq, Kp), as the grid of notebook 02 reads them, or
+    "PromptReps", with as many vectors on a side at most.  A collection's name stands for the sample that the profile
+    asks for.  Encodings come from the cache, where they are.
     """
-    if len(passages) != len(collection.passages):
-        raise ValueError(f"{len(passages)} encodings for {len(collection.passages)} passages of {collection.name}")
-    queries = retriever.encode_queries([query], progress=False)
-    found = to_results(*rank(queries, passages, mode, top_k), ["query"], collection.passage_ids)["query"]
-    place = {passage_id: i for i, passage_id in enumerate(collection.passage_ids)}
-    texts = [collection.passages[place[i]] for i in found]
-    words = [" · ".join(w) for w in mask_words(retriever, texts, "passage")]
-    table = pd.DataFrame({"rank": range(1, 1 + len(found)), "score": found.values(), "passage_id": found.keys()})
-    return table.assign(words=words, text=texts)
+
+    study: Study
+    collection: Collection | str
+    system: str
+    pair: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.collection, str):
+            self.collection = self.study.collection(self.collection)
+        shared = {"shared_text": True} if self.study.profile.shared_text_grid else {}
+        if self.system == "DiffRetriever":
+            self.retriever = self.study.diffretriever(*self.pair, **shared)
+        elif self.system == "PromptReps":
+            self.retriever = self.study.promptreps(max(self.pair))
+        else:
+            raise ValueError(f"the system must be 'DiffRetriever' or 'PromptReps', not {self.system!r}")
+        self.bm25 = BM25()
+        self._bm25 = self.bm25.encode_passages(self.collection.passages)
+
+    def _side(self, side: Side) -> Representations:
+        grid = self.study.profile.k_grid
+        if self.system == "DiffRetriever" and set(self.pair) <= set(grid):
+            return self.study.sides(self.collection, side)[self.pair[SIDES.index(side)]]
+        return self.study.encode(self.retriever, self.collection, side)
+
+    @cached_property
+    def passages(self) -> Representations:
+        return self._side("passage")
+
+    def judged(self, mode: str = SELECTION_MODE) -> pd.DataFrame:
+        """The judged queries: columns query, ranks of the relevant passages ("-": not among the best), nDCG@10, and the
+        same for BM25; the queries on which the system is furthest behind BM25 first."""
+        c, top_k = self.collection, self.study.profile.top_k
+        runs = {self.system: ranking(self._side("query"), self.passages, c, mode, top_k)}
+        runs["BM25"] = ranking(self.bm25.encode_queries(c.queries), self._bm25, c, "sparse", top_k)
+        texts = dict(zip(c.query_ids, c.queries))
+        table = pd.DataFrame({"query": [texts[q] for q in sorted(c.qrels)]})
+        for name, run in runs.items():
+            table[f"{name}: ranks"] = [_ranks(c.qrels[q], list(run.get(q, {}))) for q in sorted(c.qrels)]
+            table[f"{name}: {METRIC}"] = per_query(c.qrels, run, (METRIC,))[METRIC]
+        behind = table[f"{self.system}: {METRIC}"] - table[f"BM25: {METRIC}"]
+        return table.loc[behind.sort_values(kind="stable").index].reset_index(drop=True)
+
+    def found(self, query: str, mode: str = "dense", top_k: int = 5) -> pd.DataFrame:
+        """The best passages for any query text: columns rank (from 1), score, BM25 (its rank there, "-": not found),
+        passage_id, words (at the masks) and text.  A sparse search leaves out passages that share no term."""
+        c, n = self.collection, len(self.collection.passages)
+        queries = self.retriever.encode_queries([query], progress=False)
+        scores, places = rank(queries, self.passages, mode, top_k)
+        beside = rank(self.bm25.encode_queries([query]), self._bm25, "sparse", n)[1][0]
+        lexical = {place: i for i, place in enumerate(beside.tolist(), 1) if place >= 0}
+        kept = [(score, place) for score, place in zip(scores[0].tolist(), places[0].tolist()) if place >= 0]
+        texts = [c.passages[place] for _, place in kept]
+        words = [" · ".join(w) for w in mask_words(self.retriever, texts, "passage")] if texts else []
+        table = pd.DataFrame({"rank": range(1, 1 + len(kept)), "score": [score for score, _ in kept]})
+        table["BM25"] = [str(lexical.get(place, "-")) for _, place in kept]
+        return table.assign(passage_id=[c.passage_ids[place] for _, place in kept], words=words, text=texts)
+
+
+def _ranks(grades: Mapping[str, int], ranked: list[str]) -> str:
+    """Ranks of the relevant passages in order, "-" for those that are not ranked."""
+    places = [ranked.index(p) + 1 if p in ranked else None for p, grade in grades.items() if grade > 0]
+    return ", ".join(str(place or "-") for place in sorted(places, key=lambda place: place or len(ranked) + 1))

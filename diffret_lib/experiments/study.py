@@ -3,52 +3,71 @@
 from __future__ import annotations
 
 import json
-import operator
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from diffret_lib.addresses import address
+from diffret_lib.addresses import address, fingerprint
 from diffret_lib.cache import atomic_path, fetch, remember
-from diffret_lib.config import PYDOCS, Profile, ProfileError, Sample, slug
+from diffret_lib.config import CHECKOUT, PYDOCS, Profile, ProfileError, Sample, slug
 from diffret_lib.data import load_collection
 from diffret_lib.data.collection import Collection
 from diffret_lib.models.backbones import LoadedBackbone, adapter_sha, load_backbone, with_adapter
 from diffret_lib.models.prompts import SIDES, Side
 from diffret_lib.retrieval.metrics import METRIC, Run, per_query, save_qrels, save_run
 from diffret_lib.retrieval.representations import Representations
-from diffret_lib.retrieval.search import MODES, SELECTION_MODE, rank, to_results
+from diffret_lib.retrieval.search import RANK_MODES, SELECTION_MODE, rank, to_results
 from diffret_lib.retrieval.systems import BM25, DiffEmbed, DiffRetriever, MeanPooledAR, PromptReps, RepLLaMA, Retriever
-from diffret_lib.training.contrastive import FinetunedSystem, TrainingData, finetune, recipe_of, training_data
+from diffret_lib.training import contrastive
 from diffret_lib.training.negatives import mine_hard_negatives
 
 #: The fine-tuned systems: class and options (those of DiffRetriever multi are the selected pair).
-SYSTEMS: dict[str, tuple[type[Retriever], dict[str, int]]] = {
+SYSTEMS: dict[str, tuple[type[Retriever], dict[str, Any]]] = {
     "DiffRetriever single": (DiffRetriever, {"k_query": 1, "k_passage": 1}),
     "DiffRetriever multi": (DiffRetriever, {}),
     "DiffEmbed": (DiffEmbed, {}),
-    "PromptReps single": (PromptReps, {"max_new_tokens": 0}),
-    "PromptReps multi": (PromptReps, {"max_new_tokens": 4}),
+    "PromptReps single": (PromptReps, {"max_vectors": 1}),
+    "PromptReps multi": (PromptReps, {"max_vectors": 4, "stop": "never"}),
     "RepLLaMA": (RepLLaMA, {}),
 }
+#: Systems that are trained with each of the profile's seeds; the others with the first alone.
+REPEATED = ("DiffRetriever single", "DiffRetriever multi", "PromptReps single", "RepLLaMA")
+#: Added to the name of a system that runs on the backbone before it met the retrieval prompt.
+TEXT_ONLY = " (text only)"
 Pair = tuple[int, int]
 Sides = Mapping[int, Representations]
 
 
+class CutBM25(BM25):
+    """BM25 on the part of each text that ``retriever`` reads."""
+
+    def __init__(self, retriever: Retriever) -> None:
+        self.retriever = retriever
+
+    def fingerprint(self, side: Side) -> str:
+        return address([CutBM25], super().fingerprint(side), self.retriever.fingerprint(side))
+
+    def encode(self, texts: Sequence[str], side: Side, **options: bool) -> Representations:
+        return super().encode(self.retriever.read_texts(texts, side), side, **options)
+
+
 @dataclass(frozen=True)
 class System:
-    """A system of the tables: a zero-shot retriever, and the adapter (a PEFT folder) of a fine-tuned one."""
+    """A system of the tables: a zero-shot retriever, and the adapter (a PEFT folder) of a fine-tuned one.
+
+    ``training`` is "zero-shot", "fine-tuned", or "fine-tuned, seed r" for the repetitions of a training.
+    """
 
     name: str
     retriever: Any
-    training: Literal["zero-shot", "fine-tuned"] = "zero-shot"
+    training: str = "zero-shot"
     adapter: Path | None = None
 
 
@@ -59,16 +78,20 @@ class Study:
     profile: Profile
     _backbones: dict[str, LoadedBackbone] = field(default_factory=dict, repr=False)
     _collections: dict[tuple[Any, ...], Collection] = field(default_factory=dict, repr=False)
+    _passages: dict[str, str] = field(default_factory=dict, repr=False)
 
     def collection(self, name: str) -> Collection:
         """A collection, in the sample that the profile asks for."""
-        train = name == self.profile.train_collection
-        return self._sampled(name, self.profile.train_sample if train else self.profile.sample)
+        p = self.profile
+        return self.sampled(name, p.train_sample if name == p.train_collection else p.samples.get(name, p.sample))
 
-    def _sampled(self, name: str, size: Sample) -> Collection:
-        key = (name, size.queries, size.passages)
+    def sampled(self, name: str, size: Sample) -> Collection:
+        """A sample of a collection, with the passages that BM25 ranks highest for its queries (``size.hard``)."""
+        key = (name, size.queries, size.passages, size.hard)
         if key not in self._collections:
-            self._collections[key] = load_collection(name).sample(*key[1:], seed=self.profile.seed)
+            whole = load_collection(name)
+            hard = hard_passages(whole, size.hard) if size.hard and size.passages is not None else None
+            self._collections[key] = whole.sample(*key[1:3], seed=self.profile.seed, hard=hard)
         return self._collections[key]
 
     @cached_property
@@ -76,7 +99,7 @@ class Study:
         """The test collections; ProfileError when two have one name for files (:func:`~diffret_lib.config.slug`)."""
         train, names = self.profile.train_collection, self.profile.test_collections
         found = [self.collection(name) for name in names]
-        apart = [] if any(_same_domain(name, train) for name in names) else [self.train_collection]
+        apart = [] if any(self.same_domain(name, train) for name in names) else [self.train_collection]
         folders = [slug(collection.name) for collection in [*found, *apart]]
         if "" in folders or len(set(folders)) < len(folders):
             raise ProfileError(f"a collection needs a folder name of its own, in letters a-z and digits: {folders}")
@@ -90,19 +113,34 @@ class Study:
     def development(self) -> Collection:
         """The collection on which stages of the adaptation are compared."""
         size = self.profile.adaptation.zero_shot
-        return self._sampled(size.collection, size)
+        return self.sampled(size.collection, size)
+
+    @property
+    def training_development(self) -> Collection:
+        """The collection on which learning rates and steps of the fine-tuning are chosen."""
+        size = self.profile.training.development
+        return self.sampled(size.collection, size)
 
     @cached_property
     def out_of_domain(self) -> list[str]:
-        """Names of the test collections of another package or other passages than the training collection."""
+        """Names of the test collections of no package and no passages that pairs are selected or systems trained on."""
+        seen = {self.profile.train_collection, *(c.collection for c in self.profile.training.collections)}
         named = zip(self.profile.test_collections, self.test_collections, strict=True)
-        return [c.name for name, c in named if not _same_domain(name, self.profile.train_collection)]
+        return [c.name for name, c in named if not any(self.same_domain(name, train) for train in seen)]
 
-    def backbone(self, family: str) -> LoadedBackbone:
-        """The profile's backbone of a family ("diffusion" or "autoregressive")."""
-        if family not in self._backbones:
-            self._backbones[family] = load_backbone(getattr(self.profile.backbones, family), dtype=self.profile.dtype)
-        return self._backbones[family]
+    def same_domain(self, name: str, train: str) -> bool:
+        """Whether two collections are of the same package, or have the same passages."""
+        if name in PYDOCS and train in PYDOCS:
+            return name.startswith(train.rsplit("-", 1)[0])
+        for key in {name, train} - self._passages.keys():
+            self._passages[key] = fingerprint(list(load_collection(key).passages))
+        return self._passages[name] == self._passages[train]
+
+    def backbone(self, role: str) -> LoadedBackbone:
+        """The profile's backbone in a role: "diffusion", "autoregressive" or "text_only"."""
+        if role not in self._backbones:
+            self._backbones[role] = load_backbone(getattr(self.profile.backbones, role), dtype=self.profile.dtype)
+        return self._backbones[role]
 
     def retriever(self, kind: type[Retriever], backbone: LoadedBackbone | None = None, **options: Any) -> Any:
         """A retriever of a class, with the profile's limits, by default on the profile's backbone."""
@@ -112,55 +150,83 @@ class Study:
     def diffretriever(self, k_query: int, k_passage: int, **options: Any) -> DiffRetriever:
         return self.retriever(DiffRetriever, k_query=k_query, k_passage=k_passage, **options)
 
-    def promptreps(self, max_new_tokens: int = 0, **options: Any) -> PromptReps:
-        return self.retriever(PromptReps, max_new_tokens=max_new_tokens, **options)
+    def promptreps(self, max_vectors: int = 1, **options: Any) -> PromptReps:
+        return self.retriever(PromptReps, max_vectors=max_vectors, **options)
 
     def systems(self, selected: Pair) -> list[System]:
         """The systems of the zero-shot table; ``selected`` is the pair (Kq, Kp) of DiffRetriever multi."""
-        n = self.profile.promptreps_max_tokens
-        return [
+        found = [
             System("BM25", BM25()),
+            System("BM25, cut text", CutBM25(self.diffretriever(1, 1))),
             System("Mean pooling", self.retriever(MeanPooledAR)),
             System("PromptReps single", self.promptreps()),
-            System(f"PromptReps multi (N={n})", self.promptreps(n)),
-            System("DiffEmbed", self.retriever(DiffEmbed)),
-            System("DiffRetriever single", self.diffretriever(1, 1)),
-            System("DiffRetriever multi", self.diffretriever(*selected)),
+            System("PromptReps multi", self.promptreps(self.profile.promptreps_vectors)),
         ]
+        for role in ("diffusion", "text_only") if self.profile.backbones.text_only else ("diffusion",):
+            backbone, end = self.backbone(role), "" if role == "diffusion" else TEXT_ONLY
+            found += [
+                System(f"DiffEmbed{end}", self.retriever(DiffEmbed, backbone)),
+                System(f"DiffRetriever single{end}", self.diffretriever(1, 1, backbone=backbone)),
+                System(f"DiffRetriever multi{end}", self.diffretriever(*selected, backbone=backbone)),
+            ]
+        return found
 
-    def training_data(self) -> TrainingData:
-        """The training sample, with hard negatives of BM25 and of zero-shot DiffRetriever (selected pair, hybrid)."""
-        collection = self._sampled(self.profile.train_collection, self.profile.training.sample)
-        n, seed = self.profile.training.negatives, self.profile.seed
+    def training_data(self) -> contrastive.TrainingData:
+        """The training collections, with hard negatives of BM25 and zero-shot DiffRetriever (selected pair, hybrid)."""
+        n, seed, parts = self.profile.training.negatives, self.profile.seed, []
         bm25, zero_shot = BM25(), self.diffretriever(*self.selected)
+        for size in self.profile.training.collections:
+            collection = self.sampled(size.collection, size)
 
-        def mined() -> dict[str, list[str]]:
-            runs = {"BM25": self.runs(bm25, collection)["sparse"]}
-            runs["DiffRetriever"] = self.runs(zero_shot, collection, [SELECTION_MODE])[SELECTION_MODE]
-            return mine_hard_negatives(collection, runs, n, seed).to_dict("list")
+            def mined(collection: Collection = collection) -> dict[str, list[str]]:
+                runs = {"BM25": self.runs(bm25, collection)["sparse"]}
+                runs["DiffRetriever"] = self.runs(zero_shot, collection, [SELECTION_MODE])[SELECTION_MODE]
+                return mine_hard_negatives(collection, runs, n, seed).to_dict("list")
 
-        key = self.address([bm25, zero_shot], collection, SELECTION_MODE, n, seed, code=[mine_hard_negatives])
-        return training_data(collection, pd.DataFrame(remember("negatives", key, mined)))
+            key = self.address([bm25, zero_shot], collection, SELECTION_MODE, n, seed, code=[mine_hard_negatives])
+            parts.append((collection, pd.DataFrame(remember("negatives", key, mined))))
+        return contrastive.training_data(parts)
 
-    def finetune(self, system: str, **options: Any) -> FinetunedSystem:
-        """Fine-tune a system of :data:`SYSTEMS`, or load it; ``options`` as of contrastive.finetune."""
-        recipe, size = recipe_of(self.profile), self.profile.training.development
-        data, development = self.training_data(), self._sampled(size.collection, size)
-        limits = {"max_passage_tokens": recipe.max_passage_tokens}
-        return finetune(system, self._untrained(system), data, recipe, development, training_limits=limits, **options)
+    def repetitions(self, system: str) -> int:
+        """How many seeds a system is trained with."""
+        return self.profile.training.seeds if system in REPEATED else 1
 
-    def fine_tuned_systems(self) -> list[System]:
-        """The fine-tuned systems of the tables; one that is not trained yet is trained."""
-        return [System(n, self._untrained(n), "fine-tuned", self.finetune(n).adapter) for n in SYSTEMS]
+    def finetune(self, system: str, repetition: int = 0, **options: Any) -> contrastive.FinetunedSystem:
+        """Fine-tune a system of :data:`SYSTEMS`, or load it, from the profile's folder of adapters if it names one.
 
-    def _untrained(self, name: str) -> Any:
+        ``options`` are those of :func:`~diffret_lib.training.contrastive.finetune_selected`.
+        """
+        retriever, folder = self.untrained(system), self.profile.training.adapters
+        if folder:
+            return contrastive.load_published(CHECKOUT / folder, system, retriever, repetition)
+        data, development = self.training_data(), self.training_development
+        return contrastive.finetune_selected(
+            system, retriever, data, self.profile, development, repetition=repetition, **options
+        )
+
+    def fine_tuned_systems(self, repetition: int = 0) -> list[System]:
+        """The fine-tuned systems of the tables, those of a repetition; one that is not trained yet is trained."""
+        training = f"fine-tuned, seed {repetition}" if repetition else "fine-tuned"
+        names = [name for name in SYSTEMS if repetition < self.repetitions(name)]
+        return [System(n, self.untrained(n), training, self.finetune(n, repetition).adapter) for n in names]
+
+    def untrained(self, name: str, pair: Pair | None = None) -> Any:
+        """A system of :data:`SYSTEMS` before its training; ``pair`` in place of the selected one."""
         kind, options = SYSTEMS[name]
-        return self.diffretriever(*self.selected) if name == "DiffRetriever multi" else self.retriever(kind, **options)
+        if name == "DiffRetriever multi":
+            return self.diffretriever(*(pair or self.selected))
+        return self.retriever(kind, **options)
 
     def encode(self, retriever: Any, collection: Collection, side: Side) -> Representations:
         """One side of a collection, from the cache or computed (and then kept)."""
-        texts = collection.queries if side == "query" else collection.passages
-        return retriever.encode(texts, side, cached=True)
+        return retriever.encode(texts_of(collection, side), side, cached=True)
+
+    def sides(self, collection: Collection, side: Side) -> Sides:
+        """One side of a collection for each number of masks of the grid, from one pass where the profile says so."""
+        if self.profile.shared_text_grid:
+            shared = self.diffretriever(1, 1, shared_text=True)
+            return shared.encode_counts(texts_of(collection, side), side, self.profile.k_grid, cached=True)
+        return {k: self.encode(self.diffretriever(k, k), collection, side) for k in self.profile.k_grid}
 
     def address(self, retrievers: Sequence[Any], collection: Collection, *more: Any, code: Sequence[Any] = ()) -> str:
         """Address of what ``code`` computes from retrievers' rankings of a collection."""
@@ -170,7 +236,7 @@ class Study:
     def runs(self, retriever: Any, collection: Collection, modes: Sequence[str] | None = None) -> dict[str, Run]:
         """Rankings of a retriever on a collection in some modes (by default in each that it has)."""
         passages, queries = (self.encode(retriever, collection, side) for side in ("passage", "query"))
-        modes, top_k = modes or retriever.modes, self.profile.top_k
+        modes, top_k = modes or modes_of(retriever), self.profile.top_k
         return {mode: ranking(queries, passages, collection, mode, top_k) for mode in modes}
 
     def evaluate(self, system: System, collections: Sequence[Collection], runs: Path | None = None) -> pd.DataFrame:
@@ -178,7 +244,8 @@ class Study:
 
         ``runs`` is a folder for rankings and judgements in TREC's format: ``<collection>/qrels.txt`` and
         ``<collection>/<system>.<training>.<mode>.txt``.  ValueError: an id has whitespace, which it cannot hold.
-        Columns query_id, metric, value, collection, coverage, mode, system, training, family, k_query, k_passage.
+        Columns query_id, metric, value, collection, coverage, mode, system, training, family, backbone (its name,
+        "none" for BM25), k_query, k_passage.
         """
         load = cache(lambda: system.retriever.with_adapter(system.adapter) if system.adapter else system.retriever)
         frames = []
@@ -191,10 +258,11 @@ class Study:
             folder = runs / slug(collection.name)
             save_qrels(collection.qrels, folder / "qrels.txt")
             for mode in values:
-                with atomic_path(folder / f"{slug(system.name)}.{system.training}.{mode}.txt") as temporary:
+                with atomic_path(folder / f"{slug(system.name)}.{slug(system.training)}.{mode}.txt") as temporary:
                     shutil.copyfile(ranked / f"{mode}.txt", temporary)
         retriever, family = system.retriever, getattr(system.retriever, "family", "lexical")
-        about = {"system": system.name, "training": system.training, "family": family}
+        backbone = "none" if isinstance(retriever, BM25) else retriever.backbone.spec.name
+        about = {"system": system.name, "training": system.training, "family": family, "backbone": backbone}
         several = isinstance(retriever, DiffRetriever | PromptReps)
         about |= {f"k_{side}": retriever.vectors(side) if several else None for side in SIDES}
         return pd.concat(frames, ignore_index=True).assign(**about)
@@ -209,7 +277,7 @@ class Study:
                 save_run(run, folder / f"{mode}.txt", tag=slug(f"{system.name} {system.training} {mode}"))
             (folder / "values.json").write_text(json.dumps(values), encoding="utf-8")
 
-        about = system.name, system.training, adapter_sha(system.adapter), system.retriever.modes
+        about = system.name, system.training, adapter_sha(system.adapter), modes_of(system.retriever)
         code = [per_query, save_run, with_adapter]
         return fetch("rankings", self.address([system.retriever], collection, about, code=code), make)
 
@@ -218,13 +286,14 @@ class Study:
 
         Columns query_id, metric, value, collection, coverage, k_query, k_passage, mode.
         """
-        retrievers = {k: self.diffretriever(k, k) for k in self.profile.k_grid}
+        shared, counts = self.profile.shared_text_grid, self.profile.k_grid
+        retrievers = [self.diffretriever(k, k, **{"shared_text": True} if shared else {}) for k in counts]
 
         def values() -> dict[str, list[Any]]:
-            sides = ({k: self.encode(r, collection, side) for k, r in retrievers.items()} for side in SIDES)
-            return grid_values(*sides, collection, self.profile.top_k).to_dict("list")
+            queries, passages = (self.sides(collection, side) for side in SIDES)
+            return grid_values(queries, passages, collection, self.profile.top_k).to_dict("list")
 
-        key = self.address(list(retrievers.values()), collection, code=[grid_values])
+        key = self.address(retrievers, collection, code=[grid_values, DiffRetriever])
         return pd.DataFrame(remember("grid", key, values)).assign(collection=collection.name)
 
     @cached_property
@@ -243,16 +312,39 @@ class Study:
         return select_pair(self.train_grid)
 
 
+def texts_of(collection: Collection, side: Side) -> Sequence[str]:
+    """The queries or the passages of a collection."""
+    return collection.queries if side == "query" else collection.passages
+
+
+def modes_of(retriever: Any) -> list[str]:
+    """The modes in which a retriever is evaluated: its own, and "mean" where a text has several vectors."""
+    several = isinstance(retriever, DiffRetriever | PromptReps) and max(map(retriever.vectors, SIDES)) > 1
+    return [mode for mode in RANK_MODES if mode in retriever.modes or (mode == "mean" and several)]
+
+
+def hard_passages(collection: Collection, count: int) -> dict[str, list[str]]:
+    """The passages that BM25 ranks highest for each query, at most ``count``, best first; kept in the cache."""
+    bm25 = BM25()
+
+    def found() -> dict[str, list[str]]:
+        passages, queries = bm25.encode_passages(collection.passages), bm25.encode_queries(collection.queries)
+        return {query: list(row) for query, row in ranking(queries, passages, collection, "sparse", count).items()}
+
+    sides = [bm25.fingerprint(side) for side in SIDES]
+    return remember("hard", address([ranking], sides, collection.fingerprint, count), found)
+
+
 def ranking(queries: Representations, passages: Representations, collection: Collection, mode: str, top_k: int) -> Run:
     """The ranking of a collection's encoded passages for its encoded queries: query id to passage id to score."""
-    scores, indices = rank(queries, passages, mode, top_k)
+    scores, indices = rank(queries, passages, mode, top_k, collection.excluded)
     return to_results(scores, indices, collection.query_ids, collection.passage_ids)
 
 
 def grid_values(queries: Sides, passages: Sides, collection: Collection, top_k: int) -> pd.DataFrame:
     """Per-query nDCG@10 of every pair (Kq, Kp) of encodings in every mode; columns as of :meth:`Study.grid`."""
     frames = []
-    for kq, kp, mode in product(queries, passages, MODES):
+    for kq, kp, mode in product(queries, passages, RANK_MODES):
         values = per_query(collection.qrels, ranking(queries[kq], passages[kp], collection, mode, top_k), [METRIC])
         frames.append(_long(values, collection).assign(k_query=kq, k_passage=kp, mode=mode))
     return pd.concat(frames, ignore_index=True)
@@ -276,11 +368,3 @@ def macro(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Mean over collections of the means over queries, for each combination of ``by``."""
     means = frame.groupby([*by, "collection"], dropna=False, sort=False)["value"].mean()
     return means.groupby(level=list(range(len(by))), dropna=False, sort=False).mean().reset_index()
-
-
-def _same_domain(name: str, train: str) -> bool:
-    """Whether two collections are of the same package, or have the same passages."""
-    if name in PYDOCS and train in PYDOCS:
-        return name.startswith(train.rsplit("-", 1)[0])
-    one, other = load_collection(name).passages, load_collection(train).passages
-    return len(one) == len(other) and all(map(operator.eq, one, other))

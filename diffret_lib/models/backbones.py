@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from diffret_lib.addresses import address, fingerprint
-from diffret_lib.cache import file_sha256
+from diffret_lib.cache import explained, file_sha256, remember
+from diffret_lib.environment import hardware
 from diffret_lib.models.gguf import BackboneError, converted_model
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _FOLDER = Path(__file__).resolve().parent
 _FORMS = ({"wheel", "member", "sha256"}, {"parent", "adapter"}, {"hub"}, {"hub", "revision"}, {"path"})
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -112,47 +115,87 @@ def read_registry(path: str | os.PathLike[str] = _FOLDER / "backbones.yaml") -> 
     except (yaml.YAMLError, ValidationError) as error:
         raise ValueError(f"{path}: {error}") from error
     for name, entry in entries.items():
-        parent = entry.source.parent
-        if parent is not None and (parent not in entries or entries[parent].source.parent is not None):
-            raise ValueError(f"{path}: {name}: there is no parent {parent!r} that is not adapted itself")
+        above = {name}
+        while (parent := entry.source.parent) is not None:
+            if parent not in entries or parent in above:
+                raise ValueError(f"{path}: {name}: there is no parent {parent!r} that does not come from it")
+            if (entries[parent].family, entry.family) == ("diffusion", "autoregressive"):
+                raise ValueError(f"{path}: {name}: a bidirectional model, {parent}, stays a diffusion one")
+            above.add(parent)
+            entry = entries[parent]
     return {name: entry.model_copy(update={"name": name}) for name, entry in entries.items()}
 
 
 def get_backbone(name: str) -> Backbone:
     """Look up a backbone of the registry; a ``ValueError`` for an unknown name lists the known ones."""
     registry = read_registry()
-    if name not in registry:
-        raise ValueError(f"there is no backbone {name!r}; there are {', '.join(registry)}")
+    if not isinstance(name, str) or name not in registry:
+        raise ValueError(f"there is no backbone {name!r:.100}; there are {', '.join(registry)}")
     return registry[name]
 
 
+@cache
+def fast_dtype(device: str | None = None) -> Dtype:
+    """Name of the dtype that ``dtype="auto"`` takes: bfloat16 on CUDA, and on a CPU whose products of it are fast.
+
+    They are when they take at most half the time of float32: the best of five products of 1024 x 1024 matrices.  The
+    finding is kept in the cache for a processor and its number of threads, so that all runs of a study agree.
+    ``device`` is a type ("cpu", "cuda"; on others it is float32), by default CUDA if there is one.
+    """
+    device = device or _default_device()
+    if device != "cpu":
+        return "bfloat16" if device == "cuda" else "float32"
+    machine = hardware()["cpu"], torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return remember("dtype", address([_probe], *machine), _probe)
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _probe() -> Dtype:
+    best = {}
+    for name in ("float32", "bfloat16"):
+        matrix, times = torch.ones(1024, 1024, dtype=_DTYPES[name]), []
+        for _ in range(6):  # the first one is the warm-up
+            start = time.perf_counter()
+            _ = matrix @ matrix
+            times.append(time.perf_counter() - start)
+        best[name] = min(times[1:])
+    logger.info("products of 1024 x 1024 matrices: %s s", best)
+    return "bfloat16" if 2 * best["bfloat16"] <= best["float32"] else "float32"
+
+
 def load_backbone(
-    backbone: str | Backbone, *, dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    backbone: str | Backbone | LoadedBackbone, *, dtype: Dtype | Literal["auto"] = "auto",
     device: str | torch.device | None = None, adapter: str | os.PathLike[str] | None = None,
 ) -> LoadedBackbone:  # fmt: skip
     """Load a backbone; the embedded ones are fetched and converted at their first use.
 
     ``backbone`` is a name of the registry, or a ``Backbone(family="autoregressive", source={"path": "folder"})`` of
-    one's own; ``adapter`` a PEFT folder in place of the backbone's own, or ``"none"`` for the bare weights.  Without a
-    device it is CUDA if there is one.  Adapters are merged in float32.  A ValueError refuses an unknown name or dtype,
-    or a mask token that the vocabulary lacks; a BackboneError says that the weights cannot be fetched, verified or
-    found, or that the adapter does not belong to them.
+    one's own; a loaded one is returned as it is.  ``dtype`` "auto" is what :func:`fast_dtype` finds.  ``adapter`` is a
+    PEFT folder in place of the backbone's own, or ``"none"`` for its parent's weights.  Without a device it is CUDA if
+    there is one.  Adapters are merged in float32, a parent's before the backbone's own.  A ValueError refuses an
+    unknown name or dtype, other settings than a loaded backbone has, or a mask token that the vocabulary lacks; a
+    BackboneError says that the weights cannot be fetched, verified or found, or that the adapter does not belong to
+    them.
     """
+    if not isinstance(dtype, str) or dtype not in ("auto", *_DTYPES):
+        raise ValueError(f"dtype must be one of auto, {', '.join(_DTYPES)}, not {dtype!r}")
+    if isinstance(backbone, LoadedBackbone):
+        known = dtype in ("auto", str(backbone.dtype).removeprefix("torch."))
+        if not known or device is not None or adapter is not None:
+            hint = "load it anew with these settings, or put an adapter on it with with_adapter"
+            raise ValueError(f"{backbone.spec.name} is loaded already, in {backbone.dtype}: {hint}")
+        return backbone
     spec = backbone if isinstance(backbone, Backbone) else get_backbone(backbone)
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
-    base = spec if spec.source.parent is None else get_backbone(spec.source.parent)
-    if adapter is None and spec.source.adapter is not None:
-        adapter = _FOLDER / spec.source.adapter
-    folder = None if adapter is None or str(adapter) == "none" else Path(adapter).expanduser()
+    if not isinstance(adapter, str | os.PathLike | None):
+        raise ValueError(f"adapter must be a folder, or 'none', not {adapter!r}")
+    device = torch.device(device or _default_device())
+    dtype = fast_dtype(device.type) if dtype == "auto" else dtype
     with _quiet():
-        model, tokenizer, weights = _load_base(base, torch.float32 if folder else _DTYPES[dtype])
-        if spec.family == "diffusion":
-            make_bidirectional(model)
-        if folder is not None:
-            model = _merge_adapter(model, folder, base.name, weights)
-            weights = fingerprint(weights, adapter_sha(folder))
-        model = model.to(device=device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype=_DTYPES[dtype])
+        model, tokenizer, weights = _load(spec, _DTYPES[dtype], adapter)
+        model = model.to(device=device, dtype=_DTYPES[dtype])
     tokenizer.chat_template = spec.chat_template or tokenizer.chat_template
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -173,6 +216,23 @@ def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _load(
+    spec: Backbone, dtype: torch.dtype, adapter: str | os.PathLike[str] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Model, tokenizer and identity of the weights; in float32 where an adapter is merged."""
+    adapter = adapter or (spec.source.adapter and _FOLDER / spec.source.adapter)
+    folder = None if adapter is None or str(adapter) == "none" else Path(adapter).expanduser()
+    dtype = torch.float32 if folder else dtype
+    parent = spec.source.parent
+    model, tokenizer, weights = _load(get_backbone(parent), dtype) if parent else _load_base(spec, dtype)
+    if spec.family == "diffusion":
+        make_bidirectional(model)
+    if folder is not None:
+        model = _merge_adapter(model, folder, parent or spec.name, weights)
+        weights = fingerprint(weights, adapter_sha(folder))
+    return model, tokenizer, weights
+
+
 def _load_base(spec: Backbone, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     source = spec.source
     if source.wheel is not None:
@@ -186,8 +246,9 @@ def _load_base(spec: Backbone, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
         files = (p for pattern in ("config.json", "*.safetensors", "tokenizer*.json") for p in where.glob(pattern))
         weights = fingerprint({p.name: file_sha256(p) for p in files})
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, revision=source.revision or "main")
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=source.revision or "main")
+        with explained(Path(where)):
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, revision=source.revision or "main")
+            tokenizer = AutoTokenizer.from_pretrained(where, revision=source.revision or "main")
     except (OSError, ValueError, SafetensorError) as error:
         hint = "a model of the hub can be downloaded elsewhere, and its folder named as the source's path"
         raise BackboneError(f"{spec.name}: cannot load {where}: {error}\n({hint})") from error

@@ -8,8 +8,8 @@ the reader is a whole ``MultiVectorEncoder``; and ``sentence_embedding`` [batch,
 from __future__ import annotations
 
 import copy
-from numbers import Integral
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from sentence_transformers.base.modules import InputModule
@@ -17,38 +17,43 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from diffret_lib.models.prompts import ContentTokens, RetrievalPrompt, Side, encode_plain
+from diffret_lib.data.checks import whole_number
+from diffret_lib.models.prompts import QUOTE, ContentTokens, RetrievalPrompt, Side, encode_plain
+from diffret_lib.models.shared_text import Branches
+
+ContentFrom = Literal["whole text", "read text"]
+Stop = Literal["quote", "any quote", "never"]
 
 _HEAD_ROWS = 512  # of [batch * K, V] logits that are held at once
 
 
+def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """Return ``value``, or raise a ValueError that names it where it is none of the choices."""
+    if type(value) not in map(type, choices) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+    return value
+
+
 class Reader(InputModule):
-    """Base of the readers: the language model, the sparse side, saving and loading.
+    """Base of the readers: the language model, the dense side, saving and loading.
 
     ``model`` is a causal LM of transformers; a diffusion LM has ``config.is_causal`` false.  ``max_query_tokens`` and
-    ``max_passage_tokens`` of a text are read, the rest is cut.  A ``ValueError`` says which number is too small.
+    ``max_passage_tokens`` of a text are read, the rest is cut.  A ``ValueError`` says which setting is wrong.
     """
 
     config_file_name = "reader_config.json"
     config_keys = ["max_query_tokens", "max_passage_tokens"]
-    has_sparse = True  # whether ``sentence_embedding`` is written
+    has_sparse = False  # whether ``sentence_embedding`` is written
+    decoded = 0  # tokens that are put after the features, at most
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_query_tokens: int = 64,
         max_passage_tokens: int = 256,
     ) -> None:  # fmt: skip
         super().__init__()
-        self._set_counts(1, max_query_tokens=max_query_tokens, max_passage_tokens=max_passage_tokens)
+        self.max_query_tokens = whole_number("max_query_tokens", max_query_tokens)
+        self.max_passage_tokens = whole_number("max_passage_tokens", max_passage_tokens)
         self.model, self.tokenizer = model, tokenizer
-        self.content_tokens = ContentTokens(tokenizer)
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.register_buffer("special_ids", torch.tensor(sorted(special | set(tokenizer.all_special_ids))), False)
-
-    def _set_counts(self, least: int, **counts: int) -> None:
-        for name, value in counts.items():
-            if not isinstance(value, Integral) or value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value!r}")
-            setattr(self, name, int(value))
 
     @property
     def bidirectional(self) -> bool:
@@ -77,14 +82,15 @@ class Reader(InputModule):
             raise ValueError(f"task must be 'query', 'passage' or 'document', not {task!r}")
         return self.features([(prompt or "") + text for text in inputs], "query" if task == "query" else "passage")
 
-    def text_ids(self, texts: list[str], side: Side) -> tuple[list[list[int]], Tensor]:
-        """Ids of the cut texts, and those of the content words left after the cut: int64 [batch, C], padded with -1."""
-        limit = self.max_text_tokens(side)
-        ids, content = encode_plain(self.tokenizer, texts), []
-        for text, row in zip(texts, ids, strict=True):
-            content.append(self.content_tokens(text if len(row) <= limit else self.tokenizer.decode(row[:limit])))
-        width = max(1, max(map(len, content), default=1))
-        return [row[:limit] for row in ids], torch.tensor([row + [-1] * (width - len(row)) for row in content])
+    def cut_ids(self, texts: list[str], side: Side) -> list[list[int]]:
+        """Ids of the cut texts."""
+        return [row[: self.max_text_tokens(side)] for row in encode_plain(self.tokenizer, texts)]
+
+    def read_texts(self, texts: list[str], side: Side) -> list[str]:
+        """What of each text is read: all of it, or its beginning where it is cut."""
+        limit, rows = self.max_text_tokens(side), encode_plain(self.tokenizer, texts)
+        pairs = zip(texts, rows, strict=True)
+        return [text if len(row) <= limit else self.tokenizer.decode(row[:limit]) for text, row in pairs]
 
     def pad_left(self, rows: list[list[int]]) -> dict[str, Tensor]:
         """Ids and attention mask (1: a token, 0: padding), both int64 [batch, length]."""
@@ -95,54 +101,25 @@ class Reader(InputModule):
     def body(self, input_ids: Tensor, mask: Tensor, past: DynamicCache | None = None) -> Tensor:
         """Last hidden states after the final norm [batch, length, H]; ``mask`` covers what ``past`` holds as well."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        return self.decoder(input_ids, None if bool(mask.all()) else mask, positions, past)
+
+    def decoder(self, ids: Tensor, mask: Tensor | None, positions: Tensor, past: DynamicCache | None = None) -> Tensor:
         # the attention kernel asks the layer, not the configuration, when there is no mask
         kwargs = {"is_causal": False} if self.bidirectional else {}
         return self.model.get_decoder()(
-            input_ids=input_ids, attention_mask=None if bool(mask.all()) else mask, position_ids=positions,
-            past_key_values=past, use_cache=past is not None, **kwargs,
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=past,
+            use_cache=past is not None, **kwargs,
         ).last_hidden_state  # fmt: skip
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits of chosen positions; the mask token is never predicted."""
-        return self.model.get_output_embeddings()(hidden)
+    def dense(self, hidden: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
+        """Normalise vectors [batch, K, H]; those that are not ``valid`` (bool [batch, K]) become zero.
 
-    def read(self, hidden: Tensor, valid: Tensor | None = None, content_ids: Tensor | None = None) -> dict[str, Tensor]:
-        """Normalise the vectors [batch, K, H], and make the sparse weights where there are ``content_ids``.
-
-        ``valid`` is bool [batch, K], ``content_ids`` int64 [batch, C].  Returns ``token_embeddings`` float
-        [batch, K, H], zero where not valid, ``attention_mask`` int [batch, K], and for a sparse side
-        ``sentence_embedding`` float [batch, V] and ``predicted_ids`` int [batch, K].
+        Returns ``token_embeddings`` float32 [batch, K, H] and ``attention_mask`` int64 [batch, K].
         """
-        out = {}
         if valid is None:
             valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        if content_ids is not None:
-            greedy, sparse, counts = [], [], []
-            step = max(1, _HEAD_ROWS // hidden.shape[1])
-            for vectors, given, content in zip(hidden.split(step), valid.split(step), content_ids.split(step)):
-                logits = self.logits(vectors)
-                greedy.append(logits.argmax(-1))
-                counts.append(given & self.before_special(greedy[-1]))
-                sparse.append(self.sparse_weights(logits, counts[-1], content))
-            out = {"predicted_ids": torch.cat(greedy), "sentence_embedding": torch.cat(sparse)}
-            valid = torch.cat(counts)
-        out["token_embeddings"] = F.normalize(hidden.float(), dim=-1) * valid[..., None]
-        out["attention_mask"] = valid.long()
-        return out
-
-    def before_special(self, predicted_ids: Tensor) -> Tensor:
-        """Mark the positions that count: those before a special token; one at the first position has no effect."""
-        special = torch.isin(predicted_ids, self.special_ids)
-        special[:, 0] = False
-        return special.long().cumsum(1) == 0
-
-    def sparse_weights(self, logits: Tensor, valid: Tensor, content_ids: Tensor) -> Tensor:
-        """log(1 + ReLU(logit)) at the content tokens, the largest over the positions; float [batch, V]."""
-        index = content_ids.clamp(min=0)[:, None].expand(-1, logits.shape[1], -1)
-        chosen = logits.gather(2, index).float() * (content_ids >= 0)[:, None] * valid[..., None]
-        weights = torch.log1p(F.relu(chosen)).amax(1)
-        out = torch.zeros(len(logits), logits.shape[2], device=logits.device)
-        return out.scatter_reduce(1, content_ids.clamp(min=0), weights, "amax")
+        vectors = F.normalize(hidden.float(), dim=-1) * valid[..., None]
+        return {"token_embeddings": vectors, "attention_mask": valid.long()}
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         self.model.save_pretrained(output_path)
@@ -162,66 +139,163 @@ class Reader(InputModule):
         return cls(model.eval(), tokenizer, **config)
 
 
-class MaskedPositions(Reader):
+class PromptReader(Reader):
+    """Base of the readers with the retrieval prompt, and so with a sparse side.
+
+    ``content_from`` says whose content words the sparse side is kept to: those of the whole text, as in the paper's
+    reference, or of the text that is read, where it is cut.
+    """
+
+    config_keys = [*Reader.config_keys, "content_from"]
+    has_sparse = True
+
+    def __init__(self, *args: Any, content_from: ContentFrom = "whole text", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.content_from = one_of("content_from", content_from, get_args(ContentFrom))
+        self.content_tokens = ContentTokens(self.tokenizer)
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special |= set(self.tokenizer.all_special_ids)
+        self.register_buffer("special_ids", torch.tensor(sorted(special)), False)
+
+    def text_ids(self, texts: list[str], side: Side) -> tuple[list[list[int]], Tensor]:
+        """Ids of the cut texts, and those of the content words: int64 [batch, C], each once a row, padded with -1."""
+        source = texts if self.content_from == "whole text" else self.read_texts(texts, side)
+        content = [self.content_tokens(text) for text in source]
+        width = max(1, max(map(len, content), default=1))
+        return self.cut_ids(texts, side), torch.tensor([row + [-1] * (width - len(row)) for row in content])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits of chosen positions, [batch, K, V]; the mask token is never predicted."""
+        # of a 3-d slice, torch copies the whole matrix of the head
+        return self.model.get_output_embeddings()(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+
+    def read(self, hidden: Tensor, content_ids: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
+        """Normalise the vectors [batch, K, H] and make the sparse weights.
+
+        ``valid`` is bool [batch, K], ``content_ids`` int64 [batch, C].  Returns what :meth:`dense` does,
+        ``content_weights`` float32 [batch, C], ``sentence_embedding`` float32 [batch, V] and ``predicted_ids`` int64
+        [batch, K].
+        """
+        if valid is None:
+            valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        greedy, weights, counts = [], [], []
+        step = max(1, _HEAD_ROWS // hidden.shape[1])
+        for vectors, given, content in zip(hidden.split(step), valid.split(step), content_ids.split(step)):
+            logits = self.logits(vectors)
+            greedy.append(logits.argmax(-1))
+            counts.append(given & self.before_special(greedy[-1]))
+            weights.append(self.content_weights(logits, counts[-1], content))
+        out = {"predicted_ids": torch.cat(greedy), "content_weights": torch.cat(weights)}
+        sparse = torch.zeros(len(hidden), self.vocab_size, device=hidden.device)
+        sparse = sparse.scatter_reduce(1, content_ids.clamp(min=0), out["content_weights"], "amax")
+        return out | {"sentence_embedding": sparse} | self.dense(hidden, torch.cat(counts))
+
+    def before_special(self, predicted_ids: Tensor) -> Tensor:
+        """Mark the positions that count: those before a special token; one at the first position has no effect."""
+        special = torch.isin(predicted_ids, self.special_ids)
+        special[:, 0] = False
+        return special.long().cumsum(1) == 0
+
+    def content_weights(self, logits: Tensor, valid: Tensor, content_ids: Tensor) -> Tensor:
+        """log(1 + ReLU(logit)) at the content tokens, the largest over the positions; float32 [batch, C]."""
+        index = content_ids.clamp(min=0)[:, None].expand(-1, logits.shape[1], -1)
+        chosen = logits.gather(2, index).float() * (content_ids >= 0)[:, None] * valid[..., None]
+        return torch.log1p(F.relu(chosen)).amax(1)
+
+
+class MaskedPositions(PromptReader):
     """DiffRetriever's reader: the prompt, K mask tokens, the tail; one forward pass (arXiv 2605.07210, section 3).
 
     ``k_query`` and ``k_passage`` are the numbers of masks (Kq, Kp); K = 1 asks for one word, K > 1 for a few.  With
     ``prediction_shift`` token i is read at position i - 1, as models adapted from an autoregressive LM predict it
     (Dream), otherwise at position i.  The vectors are the hidden states at the positions that are read.
+
+    ``shared_text``, which is not in the paper, makes a text's states independent of K, so that one pass reads any
+    number of counts: see :class:`~diffret_lib.models.shared_text.Branches`.
     """
 
-    config_keys = [*Reader.config_keys, "mask_id", "k_query", "k_passage", "prediction_shift"]
+    config_keys = [*PromptReader.config_keys, "mask_id", "k_query", "k_passage", "prediction_shift", "shared_text"]
 
     def __init__(
-        self, *args: Any, mask_id: int, k_query: int = 1, k_passage: int = 1, prediction_shift: bool = True, **kw: Any
-    ) -> None:
-        super().__init__(*args, **kw)
-        self._set_counts(1, k_query=k_query, k_passage=k_passage)
-        self.mask_id, self.prediction_shift = mask_id, prediction_shift
+        self, *args: Any, mask_id: int, k_query: int = 1, k_passage: int = 1, prediction_shift: bool = True,
+        shared_text: bool = False, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(*args, **kwargs)
+        self.mask_id = mask_id
+        self.k_query, self.k_passage = whole_number("k_query", k_query), whole_number("k_passage", k_passage)
+        self.prediction_shift = one_of("prediction_shift", prediction_shift, (True, False))
+        self.shared_text = one_of("shared_text", shared_text, (True, False))
 
     def mask_count(self, side: Side) -> int:
         return self.k_query if side == "query" else self.k_passage
 
-    def features(self, texts: list[str], side: Side) -> dict[str, Any]:
-        k = self.mask_count(side)
-        template = RetrievalPrompt(self.tokenizer, side, few_words=k > 1)
+    def features(self, texts: list[str], side: Side, counts: Sequence[int] | None = None) -> dict[str, Any]:
+        """Features of one pass; for several numbers of masks at once (``counts``) where the text is shared."""
+        counts = [self.mask_count(side)] if counts is None else counts
+        prompts = {few: RetrievalPrompt(self.tokenizer, side, few) for few in (False, True)}
         ids, content = self.text_ids(texts, side)
-        rows = [[*template.left, *row, *template.right, *[self.mask_id] * k, *template.tail] for row in ids]
-        return self.pad_left(rows) | {"content_ids": content, "first_mask": len(template.tail) + k, "mask_count": k}
+        if self.shared_text:
+            branches = Branches(prompts, counts, self.mask_id)
+            first, after, left = branches.first_mask, branches.ids, prompts[True].left
+        else:
+            (k,), prompt, branches = counts, prompts[counts[0] > 1], None
+            left, after = prompt.left, [*prompt.right, *[self.mask_id] * k, *prompt.tail]
+            first = {k: len(prompt.tail) + k}
+        rows = [[*left, *row, *after] for row in ids]
+        return self.pad_left(rows) | {"content_ids": content, "first_mask": first, "branches": branches}
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = super().logits(hidden)
         logits[..., self.mask_id] = -torch.inf
         return logits
 
+    def states(self, features: dict[str, Any]) -> dict[int, Tensor]:
+        """Hidden states at the positions that are read, [batch, K, H], by K."""
+        ids, mask, branches = features["input_ids"], features["attention_mask"], features["branches"]
+        if branches is None:
+            hidden = self.body(ids, mask)
+        else:
+            hidden = self.decoder(ids, *branches.mask_and_positions(mask, self.model.dtype))
+        starts = {k: ids.shape[1] - n - int(self.prediction_shift) for k, n in features["first_mask"].items()}
+        return {k: hidden[:, start : start + k] for k, start in starts.items()}
+
     def masked(self, features: dict[str, Any]) -> Tensor:
-        """Hidden states at the positions that are read; [batch, K, H]."""
-        hidden = self.body(features["input_ids"], features["attention_mask"])
-        start = hidden.shape[1] - features["first_mask"] - int(self.prediction_shift)
-        return hidden[:, start : start + features["mask_count"]]
+        """Hidden states at the positions that are read, [batch, K, H], for features of one K."""
+        (hidden,) = self.states(features).values()
+        return hidden
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return features | self.read(self.masked(features), content_ids=features["content_ids"])
+        return features | self.read(self.masked(features), features["content_ids"])
+
+    def forward_counts(self, features: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
+        """What :meth:`forward` adds, by K, from one pass."""
+        return {k: self.read(hidden, features["content_ids"]) for k, hidden in self.states(features).items()}
 
 
-class NextTokens(Reader):
+class NextTokens(PromptReader):
     """PromptReps' reader (arXiv 2404.18424): the last prompt token; then greedy decoding, a vector a token.
 
-    Vector 0 is the last prompt token's, vector j the one after the j-th decoded token.  Decoding ends at the closing
-    quote, at a special token, or after ``max_new_tokens`` of them; with 0 the prompt asks for one word.  The left part
-    of the prompt is computed once.  With gradients, one pass over prompt and decoded tokens reads the same positions.
+    Vector 0 is the last prompt token's, vector j the one after the j-th decoded token.  There are
+    ``max_vectors`` at most; with 1 the prompt asks for one word.  Decoding ends at a special token, or at a closing
+    quote: with ``stop`` "quote" the token that is a quote and nothing else, as in the reference, with "any quote" one
+    that holds a quote; "never" decodes them all.  The left part of the prompt is computed once.  With gradients, one
+    pass over prompt and decoded tokens reads the same positions.
     """
 
-    config_keys = [*Reader.config_keys, "max_new_tokens"]
+    config_keys = [*PromptReader.config_keys, "max_vectors", "stop"]
 
-    def __init__(self, *args: Any, max_new_tokens: int = 0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, max_vectors: int = 1, stop: Stop = "quote", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._set_counts(0, max_new_tokens=max_new_tokens)
+        self.max_vectors, self.stop = whole_number("max_vectors", max_vectors), one_of("stop", stop, get_args(Stop))
         self._left: dict[tuple, DynamicCache] = {}
         self._ends_answer: dict[int, bool] = {}
 
+    @property
+    def decoded(self) -> int:
+        return self.max_vectors - 1
+
     def features(self, texts: list[str], side: Side) -> dict[str, Any]:
-        template = RetrievalPrompt(self.tokenizer, side, few_words=self.max_new_tokens > 0)
+        template = RetrievalPrompt(self.tokenizer, side, few_words=self.max_vectors > 1)
         ids, content = self.text_ids(texts, side)
         rows = [[*row, *template.right] for row in ids]  # forward puts the left part before them
         return self.pad_left(rows) | {"content_ids": content, "left_ids": template.left}
@@ -243,9 +317,11 @@ class NextTokens(Reader):
         return super().train(mode)
 
     def ends_answer(self, ids: Tensor) -> Tensor:
-        """Mark the tokens that close the answer: special ones, and those that hold the closing quote."""
+        """Mark the tokens that close the answer."""
         for i in set(ids.tolist()) - self._ends_answer.keys():
-            self._ends_answer[i] = i in self.special_ids or '"' in self.tokenizer.decode([i])
+            text = self.tokenizer.decode([i])
+            quote = text == QUOTE if self.stop == "quote" else QUOTE in text
+            self._ends_answer[i] = self.stop != "never" and (quote or i in self.special_ids)
         return torch.tensor([self._ends_answer[i] for i in ids.tolist()], device=ids.device, dtype=torch.bool)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -253,21 +329,21 @@ class NextTokens(Reader):
             hidden, valid = self.teacher_forced(features)
         else:
             hidden, valid, _ = self.decode(features, keep=not self.training)
-        return features | self.read(hidden, valid, features["content_ids"])
+        return features | self.read(hidden, features["content_ids"], valid)
 
     def decode(self, features: dict[str, Any], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Greedy decoding with a key-value cache: hidden states [batch, 1 + N, H], which of them there are
-        (bool [batch, 1 + N]), and the decoded tokens (int64 [batch, N], padding where there are none)."""
+        """Greedy decoding with a key-value cache: hidden states [batch, N, H], which of them there are
+        (bool [batch, N]), and the decoded tokens (int64 [batch, N - 1], padding where there are none)."""
         ids, mask = features["input_ids"], F.pad(features["attention_mask"], (len(features["left_ids"]), 0), value=1)
         cache = self.left_cache(features["left_ids"], len(ids), keep)
         last = self.body(ids, mask, past=cache)[:, -1]
-        hidden = last.new_zeros(len(ids), 1 + self.max_new_tokens, last.shape[-1])
+        hidden = last.new_zeros(len(ids), self.max_vectors, last.shape[-1])
         valid = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        tokens = ids.new_full((len(ids), self.max_new_tokens), self.tokenizer.pad_token_id)
+        tokens = ids.new_full((len(ids), self.max_vectors - 1), self.tokenizer.pad_token_id)
         hidden[:, 0], valid[:, 0] = last, True
         active = torch.arange(len(ids), device=hidden.device)
-        for j in range(1, 1 + self.max_new_tokens):
-            token = self.logits(last).argmax(-1)
+        for j in range(1, self.max_vectors):
+            token = self.logits(last[:, None])[:, 0].argmax(-1)
             goes_on = ~self.ends_answer(token)
             if not goes_on.any():
                 break
@@ -284,7 +360,7 @@ class NextTokens(Reader):
         ids, mask = features["input_ids"], F.pad(features["attention_mask"], (len(features["left_ids"]), 0), value=1)
         ids = torch.cat([torch.tensor([features["left_ids"]], device=ids.device).expand(len(ids), -1), ids], 1)
         valid, longest = torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device), 0
-        if self.max_new_tokens:
+        if self.max_vectors > 1:
             with torch.no_grad():
                 _, valid, tokens = self.decode(features, keep=False)
             longest = int(valid.sum(1).max()) - 1
@@ -301,27 +377,23 @@ class MeanOfTokens(Reader):
     """The mean of the last hidden states over the text's tokens (DiffEmbed, arXiv 2505.15045): no prompt, no mask, no
     sparse side.  An empty text is read as one end-of-sequence token."""
 
-    has_sparse = False
-
     def features(self, texts: list[str], side: Side) -> dict[str, Any]:
-        return self.pad_left([row or [self.tokenizer.eos_token_id] for row in self.text_ids(texts, side)[0]])
+        return self.pad_left([row or [self.tokenizer.eos_token_id] for row in self.cut_ids(texts, side)])
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         mask = features["attention_mask"]
         hidden = self.body(features["input_ids"], mask).float()
-        return features | self.read((hidden * mask[..., None]).sum(1, keepdim=True) / mask.sum(1)[:, None, None])
+        return features | self.dense((hidden * mask[..., None]).sum(1, keepdim=True) / mask.sum(1)[:, None, None])
 
 
 class LastToken(Reader):
     """RepLLaMA's reader (arXiv 2310.08319): the last token's hidden state of ``query: <text></s>`` or ``passage:
     <text></s>``; no sparse side."""
 
-    has_sparse = False
-
     def features(self, texts: list[str], side: Side) -> dict[str, Any]:
         (left,) = encode_plain(self.tokenizer, [f"{side}:"])
-        ids, _ = self.text_ids([" " + text for text in texts], side)  # as in one piece with what is before it
+        ids = self.cut_ids([" " + text for text in texts], side)  # as in one piece with what is before it
         return self.pad_left([[*left, *row, self.tokenizer.eos_token_id] for row in ids])
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return features | self.read(self.body(features["input_ids"], features["attention_mask"])[:, -1:])
+        return features | self.dense(self.body(features["input_ids"], features["attention_mask"])[:, -1:])

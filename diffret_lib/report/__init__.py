@@ -13,7 +13,7 @@ from typing import Any
 
 from IPython.display import Markdown, display
 
-from diffret_lib.cache import sweep
+from diffret_lib.cache import cache_dir, sweep
 from diffret_lib.config import Profile, load_profile
 from diffret_lib.report.results import Results, set_style
 
@@ -32,7 +32,7 @@ def start(
 
     profile = load_profile(profile, collection)
     results, study = Results(profile, results_root), Study(profile)
-    for folder in (results.folder, results.tables, results.figures):
+    for folder in (results.folder, cache_dir()):
         sweep(folder)
     set_style()
     results.record_environment(profile)
@@ -43,6 +43,12 @@ def start(
     if path := os.environ.get("DIFFRET_PEAK_FILE"):
         atexit.register(_write_peak, Path(path))
     return study, results
+
+
+def answer(text: str = "") -> None:
+    """Show a notebook's answer: where it was called without a text, however much later the text is known."""
+    shown = Markdown(f"**Answer.** {text or 'The cells below compute it.'}")
+    display(shown, display_id="answer", update=bool(text))
 
 
 def _write_peak(path: Path) -> None:

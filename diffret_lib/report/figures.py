@@ -1,10 +1,12 @@
-"""Figures of the notebooks; each takes a table and gives a matplotlib figure."""
+"""Figures of the notebooks; each takes a table and gives a matplotlib figure that is readable in one column."""
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -12,256 +14,375 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from diffret_lib.experiments.claims import CONTRADICTED, INCONCLUSIVE, RATIO, SUPPORTED
-from diffret_lib.experiments.comparison import comparison_name, heat_map
-from diffret_lib.retrieval.search import MODES
+from diffret_lib.experiments.comparison import heat_map
+from diffret_lib.experiments.efficiency import ENCODING
+from diffret_lib.retrieval.metrics import METRIC
+from diffret_lib.retrieval.search import RANK_MODES, SELECTION_MODE
 
-_MODE_MARKERS = {"dense": "o", "sparse": "s", "hybrid": "D"}
+#: Inches across: a column of a paper is a little narrower, a phone shows all of it.
+WIDTH = 4.2
+_MODES = {"hybrid": ("C0", "D"), "dense": ("C1", "o"), "mean": ("C4", "^"), "sparse": ("C2", "s")}
+#: Colour of each method, whatever its number of vectors.
+_METHODS = {"BM25": "0.3", "Mean pooling": "C4", "PromptReps": "C1", "DiffEmbed": "C2", "RepLLaMA": "C3",
+            "DiffRetriever": "C0"}  # fmt: skip
+_FORMS = {"single": "o", "multi": "D"}
 #: Colour and marker of each verdict.
 _VERDICTS = {SUPPORTED: ("C2", "o"), CONTRADICTED: ("C3", "X"), INCONCLUSIVE: ("0.45", "D")}
 #: How seaborn draws a value and its interval from rows of their three numbers: the one in the middle, and all.
 _INTERVAL: dict[str, Any] = {"estimator": "median", "errorbar": ("pi", 100)}
-_HEAT: dict[str, Any] = {"annot": True, "cmap": "cividis"}
 _PAIR_AXES = {"xlabel": "vectors per passage, Kp", "ylabel": "vectors per query, Kq"}
-_ABOVE = {"fontsize": 8, "ncols": 4, "loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
-_BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+
+
+def _panels(n: int, height: float, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of ``n`` panels of some height (inches), one below the other or in columns; and its axes."""
+    rows = -(-n // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(WIDTH, rows * height + 0.5), squeeze=False, **options)
+    for ax in axes.flat[n:]:
+        ax.set_axis_off()
+    return fig, axes.flat[:n]
+
+
+def _legend(fig: Figure, ax: Axes, columns: int = 3) -> None:
+    """Put the legend of a panel below the figure, whatever the panels have in common once, and nowhere else."""
+    known = dict(zip(*ax.get_legend_handles_labels()[::-1]))
+    for panel in fig.axes:
+        if panel.get_legend():
+            panel.get_legend().remove()
+    fig.legend(known.values(), known.keys(), loc="outside lower center", ncols=columns, columnspacing=1.2)
 
 
 def _three(table: pd.DataFrame, *names: str) -> pd.DataFrame:
     """Three rows for each: the lower end, the value and the upper end of its interval, in a column "number"."""
-    return table.melt(table.columns.drop(list(names)), list(names), value_name="number")
+    ends = table.assign(**{name: table[name].fillna(table[names[1]]) for name in names})
+    return ends.melt(table.columns.drop(list(names)), list(names), value_name="number")
 
 
 def _forest(ax: Axes, table: pd.DataFrame, y: str, hue: str, looks: dict[str, tuple[str, str]], **style: Any) -> None:
     """Draw a point and its interval for each row of a table with columns value, low and high."""
     colours, markers = zip(*looks.values())
     hues = {"hue": hue, "hue_order": list(looks), "palette": list(colours), "markers": list(markers)}
-    style = {"markersize": 5, "linestyle": "none", "err_kws": {"linewidth": 1.5}} | _INTERVAL | style
+    style = {"markersize": 4.5, "linestyle": "none", "err_kws": {"linewidth": 1.2}} | _INTERVAL | style
     sns.pointplot(_three(table, "low", "value", "high"), x="number", y=y, ax=ax, **hues, **style)
-    ax.tick_params(axis="y", labelsize=8)
     ax.set(ylabel="")
 
 
-def _by_p(table: pd.DataFrame, p: str, xlabel: str) -> Figure:
-    """Draw a row for each label, in a look of its own where p is below 0.05."""
-    looks = {"p < 0.05": ("C0", "o"), "p ≥ 0.05, or no test": ("0.55", "D")}
-    fig, ax = plt.subplots(figsize=(7.5, 0.36 * len(table) + 1.4))
-    _forest(ax, table.assign(test=(table[p] < 0.05).map(dict(zip((True, False), looks)))), "label", "test", looks)
-    ax.axvline(0, color="0.4", linewidth=0.8)
-    ax.set(xlabel=xlabel)
-    ax.legend(**_ABOVE)
-    return fig
+def _wrapped(labels: pd.Series, width: int = 30) -> pd.Series:
+    return labels.map(lambda label: textwrap.fill(label, width, break_on_hyphens=False))
 
 
 def _log_ticks(ax: Axes) -> None:
     """Set a logarithmic x axis with ticks at 1, 2, 5, 10, ... in plain numbers."""
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter("{x:g}")
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,), numticks=20))
+    ax.xaxis.set_major_formatter("{x:,g}")
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def _by_collection(table: pd.DataFrame, labels: dict[str, str], name: str) -> pd.DataFrame:
-    """A row for each collection and column of ``labels``."""
-    collection = table["collection"].str.removeprefix("pydocs/")
-    return table[list(labels)].rename(columns=labels).assign(collection=collection).melt("collection", var_name=name)
+def _named(table: pd.DataFrame) -> pd.DataFrame:
+    """Columns method and form (single, multi) of the systems of a table; those of another backbone are left out."""
+    method = table["system"].str.replace(r" (single|multi)$", "", regex=True)
+    form = np.where(table["system"].str.endswith("multi"), "multi", "single")
+    return table.assign(method=method, form=form)[method.isin(list(_METHODS))]
 
 
 def curves(log: dict) -> Figure:
-    """Training loss and held-out cross-entropy against the tokens seen, stages one after another."""
-    table = pd.DataFrame(log["curve"]).reindex(columns=["stage", "tokens_seen", "loss", "held_out"])
+    """Training loss and held-out cross-entropies against the tokens seen, stages one after another.
+
+    A record of ``log["curve"]`` has stage, tokens_seen, loss, and keys that begin with "held_out": {ratio: loss}.
+    """
+    table = pd.DataFrame(log["curve"])
+    held_out = [column for column in table if column.startswith("held_out")]
     before = table.groupby("stage", sort=False)["tokens_seen"].last().cumsum().shift(fill_value=0)
     table["thousands"] = (table["tokens_seen"] + table["stage"].map(before)) / 1000
-    fig, ax = plt.subplots(figsize=(7, 4))
-    for stage, rows in table[table["loss"].notna()].groupby("stage", sort=False):
-        sns.lineplot(x=rows["thousands"], y=rows["loss"].astype(float), lw=0.9, label=f"training, {stage}", ax=ax)
-    held_out = table[table["held_out"].notna()].set_index("thousands")["held_out"]
-    for ratio, losses in pd.DataFrame(list(held_out), held_out.index).items():
-        sns.lineplot(losses, marker="o", label=f"held out, {float(ratio):.0%} masked", ax=ax)
-    ax.set(xlabel="tokens seen (thousands)", ylabel="cross-entropy (nats per masked token)")
-    ax.legend(fontsize=8)
+    fig, axes = _panels(1 + len(held_out), 2.0, sharex=True)
+    trained = table.dropna(subset="loss") if "loss" in table else table[:0]
+    few = {"marker": "o"} if len(trained) < 20 else {}
+    sns.lineplot(trained, x="thousands", y="loss", hue="stage", linewidth=0.9, ax=axes[0], **few)
+    axes[0].legend(title="", loc="upper right")
+    axes[0].set(title="training")
+    for ax, column in zip(axes[1:], held_out):
+        rows = table[table[column].notna()]
+        losses = pd.DataFrame(list(rows[column]), rows["thousands"]).rename(columns=lambda r: f"{float(r):.0%} masked")
+        sns.lineplot(losses, markers=True, dashes=False, ax=ax)
+        ax.set(title=column.replace("_", " "))
+    for ax in axes:
+        ax.set(xlabel="tokens seen (thousands)", ylabel="nats per masked token")
     return fig
 
 
-def grid(values: pd.DataFrame, title: str) -> Figure:
-    """Heat maps of nDCG@10 over (Kq, Kp), one for each mode."""
-    fig, axes = plt.subplots(1, len(MODES), figsize=(4.2 * len(MODES), 3.9))
-    for ax, mode in zip(axes, MODES, strict=True):
-        sns.heatmap(heat_map(values, mode), fmt=".3f", cbar=False, ax=ax, annot_kws={"size": 8}, **_HEAT)
-        ax.set(title=mode, **_PAIR_AXES)
-    fig.suptitle(f"nDCG@10, zero-shot: {title}", fontsize=11)
+def grid(values: pd.DataFrame, title: str, selected: tuple[int, int] | None = None) -> Figure:
+    """Heat maps of nDCG@10 over (Kq, Kp), one for each mode, on one colour scale; the selected pair is framed."""
+    maps = {mode: heat_map(values, mode) for mode in RANK_MODES if mode in set(values["mode"])}
+    cells = np.concatenate([m.to_numpy().ravel() for m in maps.values()])
+    fig, axes = _panels(len(maps), 1.75, 2, sharex=True, sharey=True)
+    for ax, (mode, means) in zip(axes, maps.items()):
+        scale = {"vmin": cells.min(), "vmax": cells.max(), "cmap": "cividis", "cbar": False}
+        text = means.map(lambda value: f"{value:.2f}".removeprefix("0"))
+        sns.heatmap(means, annot=text, fmt="", ax=ax, annot_kws={"size": 8}, **scale)
+        ax.set(title=mode, xlabel="", ylabel="")
+        ax.tick_params("y", rotation=0)
+        if selected and selected[0] in means.index and selected[1] in means:
+            corner = means.columns.get_loc(selected[1]), means.index.get_loc(selected[0])
+            ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2, clip_on=False))
+    fig.supxlabel(_PAIR_AXES["xlabel"], fontsize=9)
+    fig.supylabel(_PAIR_AXES["ylabel"], fontsize=9)
+    framed = f"; framed: the selected pair {selected}" if selected else ""
+    fig.suptitle(textwrap.fill(f"nDCG@10, zero-shot: {title}{framed}", 62), fontsize=9)
     return fig
 
 
 def effectiveness(table: pd.DataFrame) -> Figure:
-    """Macro nDCG@10 of every system and mode with its interval; a panel for each training."""
-    systems, panels = table["system"].unique(), table["training"].unique()
-    size = (1.5 + 5.5 * len(panels), 0.55 * len(systems) + 1.4)
-    fig, axes = plt.subplots(1, len(panels), figsize=size, sharex=True, sharey=True, squeeze=False)
-    looks = dict(zip(_MODE_MARKERS, zip(("C0", "C1", "C2"), _MODE_MARKERS.values())))
-    for ax, training in zip(axes[0], panels, strict=True):
-        _forest(ax, table[table["training"] == training], "system", "mode", looks, order=systems, dodge=0.4)
-        ax.set(title=training, xlabel="macro nDCG@10, 95 % bootstrap interval over queries")
-        ax.get_legend().remove()
-    axes[0, -1].legend(**_BESIDE)
+    """Macro nDCG@10 of every system and mode with its interval; a panel for each training.
+
+    ``table`` has the columns training, system, mode, value, low and high; a system has one row in every panel.
+    """
+    panels = [table[table["training"] == training] for training in table["training"].unique()]
+    heights = [0.42 * rows["system"].nunique() + 0.5 for rows in panels]
+    fig, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, sum(heights) + 0.6), height_ratios=heights, sharex=True,
+                             squeeze=False)  # fmt: skip
+    looks = {mode: look for mode, look in _MODES.items() if mode in set(table["mode"])}
+    for ax, rows in zip(axes[:, 0], panels):
+        rows = rows.assign(system=_wrapped(rows["system"], 22))
+        _forest(ax, rows, "system", "mode", looks, dodge=0.5)
+        ax.set(title=rows["training"].iloc[0], xlabel="macro nDCG@10, 95 % interval")
+    _legend(fig, axes[0, 0], 4)
     return fig
 
 
-def forest(comparisons: pd.DataFrame) -> Figure:
-    """Paired differences with their intervals, marked where the corrected p is below 0.05."""
-    table = comparisons.rename(columns={"difference": "value"})
-    table["label"] = table["better"] + " − " + table["than"] + " (" + table["mode"] + ")"
-    return _by_p(table, "p_corrected", "difference of nDCG@10, 95 % bootstrap interval")
+def per_collection(table: pd.DataFrame) -> Figure:
+    """nDCG@10 of every system on each collection, in its hybrid mode or the only one; a panel for each training.
+
+    ``table`` is the long one of means: training, system, mode, collection, metric and value.
+    """
+    rows = table[(table["metric"] == METRIC) & (table["mode"] != "mean")]
+    rows = rows.sort_values("mode", key=lambda mode: mode != SELECTION_MODE, kind="stable").sort_index(kind="stable")
+    best = rows["mode"] == SELECTION_MODE
+    alone = ~rows.set_index(["training", "system"]).index.isin(rows[best].set_index(["training", "system"]).index)
+    rows = _named(rows[best | alone]).assign(collection=lambda d: d["collection"].str.removeprefix("pydocs/"))
+    trainings, n = rows["training"].unique(), rows["collection"].nunique()
+    fig, axes = _panels(len(trainings), 0.27 * n + 0.7, sharex=True)
+    shown = {"palette": _METHODS, "hue_order": [m for m in _METHODS if m in set(rows["method"])], "markers": _FORMS}
+    for ax, training in zip(axes, trainings):
+        own = rows[rows["training"] == training]
+        sns.scatterplot(own, x="value", y="collection", hue="method", style="form", s=34, alpha=0.85, ax=ax, **shown)
+        ax.set(title=training, xlabel=METRIC.replace("ndcg", "nDCG"), ylabel="", ylim=(n - 0.5, -0.5))
+    _legend(fig, axes[0])
+    return fig
 
 
 def oracle(table: pd.DataFrame) -> Figure:
-    """Fixed pairs, fine-tuning (where known) and the oracle, with a line at its reach by chance, by collection."""
-    labels = {"single": "(1, 1)", "selected": "selected pair", "fine_tuned": "selected pair, fine-tuned",
+    """Fixed pairs, fine-tuning (where known) and the oracle as dots with intervals (where known), by collection.
+
+    A tick marks the oracle's reach by chance: the best fixed pair and the chance level, where the table has that.
+    """
+    labels = {"single": "(1, 1)", "selected": "selected pair", "fine_tuned": "selected, fine-tuned",
               "best_fixed": "best fixed pair", "oracle": "oracle"}  # fmt: skip
-    labels = {c: label for c, label in labels.items() if table[c].notna().any()}
-    fig, ax = plt.subplots(figsize=(8.5, 3.8))
-    rows = _by_collection(table, labels, "pair")
-    sns.barplot(rows, x="collection", y="value", hue="pair", errorbar=None, legend=False, ax=ax)
-    for bars, label in zip(ax.containers, labels.values(), strict=True):
-        bars.set_label(label)
-    reach = table["best_fixed"] + table["chance"]
-    if reach.notna().any():
-        ends = zip(*((bar.get_x(), bar.get_x() + bar.get_width()) for bar in ax.containers[-1]))
-        ax.hlines(reach, *ends, color="black", linewidth=1.5, label="best fixed pair + chance")
-    ax.set(ylabel="hybrid nDCG@10")
-    ax.set_xticks(range(len(table)), rows["collection"][: len(table)], rotation=20, ha="right")
-    ax.legend(**_ABOVE)
+    labels = {c: label for c, label in labels.items() if c in table and table[c].notna().any()}
+    names = table["collection"].str.removeprefix("pydocs/")
+    rows = pd.concat([
+        pd.DataFrame({"collection": names, "pair": label, "value": table[c], "low": table.get(f"{c}_low", table[c]),
+                      "high": table.get(f"{c}_high", table[c])})
+        for c, label in labels.items()
+    ])  # fmt: skip
+    fig, axes = _panels(1, 0.52 * len(table) + 0.8)
+    looks = dict(zip(labels.values(), (("0.55", "o"), ("C0", "D"), ("C3", "s"), ("C2", "^"), ("C1", "*"))))
+    _forest(axes[0], rows, "collection", "pair", looks, dodge=0.6)
+    if "chance" in table and table["chance"].notna().any():
+        reach = table["best_fixed"] + table["chance"]
+        axes[0].plot(reach, range(len(table)), "|", color="black", markersize=16, label="best fixed + chance")
+    axes[0].set(xlabel="hybrid nDCG@10, 95 % interval" if "oracle_low" in table else "hybrid nDCG@10")
+    _legend(fig, axes[0], 2)
     return fig
 
 
 def distribution(shares: pd.DataFrame) -> Figure:
     """Heat map of the share of queries whose best pair is (Kq, Kp), in percent."""
-    fig, ax = plt.subplots(figsize=(4.6, 3.9))
-    sns.heatmap(shares, fmt=".0f", cbar_kws={"label": "queries", "format": PercentFormatter()}, ax=ax, **_HEAT)
-    ax.set(title="best pair of each query", **_PAIR_AXES)
-    return fig
-
-
-def claims_forest(tests: pd.DataFrame) -> Figure:
-    """Statistic and 95 % interval of every test of the ledger, marked by its verdict; ratios have a panel of their own.
-
-    A tick is the bound that an interval is held against; secondary tests are small and pale.
-    """
-    tested = tests[tests["verdict"].isin(list(_VERDICTS))]
-    tested = tested.assign(label=tested["id"] + "  " + tested["comparison"])
-    ratio = tested["statistic"] == RATIO
-    panels = [(tested[~ratio], "nDCG@10", 0), (tested[ratio], RATIO, 1)]
-    panels = [panel for panel in panels if len(panel[0])] or panels[:1]
-    heights = [len(rows) + 1.5 for rows, *_ in panels]
-    size = (10, 0.27 * sum(heights) + 1.4)
-    fig, axes = plt.subplots(len(panels), 1, figsize=size, height_ratios=heights, squeeze=False)
-    for ax, (rows, unit, nothing) in zip(axes[:, 0], panels, strict=True):
-        for counts, style in ((True, {"markersize": 7}), (False, {"markersize": 4, "alpha": 0.55})):
-            if (own := rows[rows["counts"] == counts]).size:
-                _forest(ax, own, "label", "verdict", _VERDICTS, order=rows["label"], legend=False, **style)
-        bounds = rows[rows["bound"] != 0]
-        ax.plot(bounds["bound"], bounds["label"], "|", markersize=12, color="0.2")
-        ax.axvline(nothing, color="0.4", linewidth=0.8)
-        if unit == RATIO:
-            _log_ticks(ax)
-        ax.set(xlabel=f"{unit}, value and 95 % interval", ylim=(len(rows) - 0.4, -0.6))
-    for name, (colour, marker) in (_VERDICTS | {"bound": ("0.2", "|")}).items():
-        axes[0, 0].plot([], [], marker, color=colour, label=name)
-    axes[0, 0].legend(**_ABOVE)
-    return fig
-
-
-def alignment(products: pd.DataFrame, title: str = "") -> Figure:
-    """Dot products of a query's vectors (rows) and a passage's; MaxSim sums the framed maxima above 0."""
-    values = products.to_numpy()
-    fig, ax = plt.subplots(figsize=(2.6 + 0.62 * products.shape[1], 1.9 + 0.42 * products.shape[0]))
-    ticks = {"xticklabels": True, "yticklabels": True, "annot_kws": {"size": 8}}
-    sns.heatmap(products, fmt=".2f", ax=ax, cbar_kws={"label": "dot product (cosine)"}, **ticks, **_HEAT)
-    for row, column in enumerate(values.argmax(1)):
-        ax.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor="red", linewidth=2.5))
-    plt.setp(ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
-    plt.setp(ax.get_yticklabels(), rotation=0)
-    # words may hold what matplotlib would read as mathematics
-    plt.setp([ax.title, *ax.get_xticklabels(), *ax.get_yticklabels()], parse_math=False)
-    ax.set(xlabel="masks of the passage and their predicted words", ylabel="masks of the query")
-    ax.set_title(f"{title}\nMaxSim {values.max(1).clip(min=0).sum():.3f}".strip(), fontsize=10)
+    fig, axes = _panels(1, 2.8)
+    bar = {"label": "queries", "format": PercentFormatter()}
+    sns.heatmap(shares, annot=True, fmt=".0f", cmap="cividis", cbar_kws=bar, ax=axes[0])
+    axes[0].set(title="best pair of each query", **_PAIR_AXES)
+    axes[0].tick_params("y", rotation=0)
     return fig
 
 
 def oracle_chance(table: pd.DataFrame) -> Figure:
     """The oracle's headroom, the part of it that is chance, and the part beyond, by each estimate of chance."""
     rows = table[table["reference"] == "best fixed"]
-    rows = rows.assign(label=rows["method"] + ": " + rows["kind"] + " (" + rows["queries"].astype(str) + " queries)")
-    return _by_p(rows, "p", "nDCG@10 over the best fixed pair, 95 % interval")
+    label = rows["method"] + ": " + rows["kind"] + " (" + rows["queries"].astype(str) + " queries)"
+    looks = {"p < 0.05": ("C0", "o"), "p ≥ 0.05, or no test": ("0.55", "D")}
+    test = (rows["p"] < 0.05).map(dict(zip((True, False), looks)))
+    fig, axes = _panels(1, 0.42 * len(rows) + 0.5)
+    _forest(axes[0], rows.assign(test=test, label=_wrapped(label)), "label", "test", looks)
+    axes[0].axvline(0, color="0.4", linewidth=0.8)
+    axes[0].set(xlabel="nDCG@10 over the best fixed pair, 95 % interval")
+    _legend(fig, axes[0], 2)
+    return fig
+
+
+def chance_levels(levels: np.ndarray, observed: float) -> Figure:
+    """Histogram of the oracle's headroom in draws of the grid's random twins, with a line at the grid's own."""
+    fig, axes = _panels(1, 1.9)
+    sns.histplot(levels, bins=30, color="0.6", ax=axes[0])
+    axes[0].axvline(observed, color="C3", linewidth=2)
+    axes[0].annotate(" the grid", (observed, 0.92), xycoords=axes[0].get_xaxis_transform(), color="C3")
+    axes[0].set(xlabel="oracle's headroom over the best fixed pair (nDCG@10)", ylabel="draws of random twins")
+    return fig
+
+
+def claims_forest(tests: pd.DataFrame) -> Figure:
+    """Statistic and 95 % interval of the tests that count, marked by their verdicts; each claim has its own scale.
+
+    A tick is the bound that an interval is held against.
+    """
+    tested = tests[tests["verdict"].isin(list(_VERDICTS)) & tests["counts"].astype(bool)]
+    systems = tested["comparison"].str.replace(r"(, fine-tuned)?( \(\w+\))", "", regex=True)
+    tested = tested.assign(systems=systems, label=_wrapped(tested["id"] + "  " + tested["comparison"], 34))
+    panels = [rows for _, rows in tested.groupby(["claim", "statistic"], sort=False)] or [tested]
+    for i, rows in enumerate(panels):
+        if len(rows) > 1 and rows["systems"].nunique() == 1:  # they stand in the title, once
+            panels[i] = rows.assign(label=rows["id"] + "  " + rows["training"] + ", " + rows["mode"])
+    heights = [0.2 * rows["label"].str.count("\n").add(1.2).sum() + 0.45 for rows in panels]
+    fig, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, sum(heights) + 0.5), height_ratios=heights, squeeze=False)
+    for ax, rows in zip(axes[:, 0], panels):
+        _forest(ax, rows, "label", "verdict", _VERDICTS, order=rows["label"], legend=False)
+        bounds = rows[rows["bound"] != 0]
+        ax.plot(bounds["bound"], bounds["label"], "|", markersize=12, color="0.2")
+        claim, statistic, pair = rows[["claim", "statistic", "systems"]].iloc[0] if len(rows) else ("", "", "")
+        title = f"claim {claim}: {statistic}" + f"\n{pair}" * (rows["systems"].nunique() == 1 < len(rows))
+        ax.axvline(1 if statistic == RATIO else 0, color="0.4", linewidth=0.8)
+        ax.tick_params("y", labelsize=7.5)
+        ax.set(xlabel="", ylim=(len(rows) - 0.5, -0.5))
+        ax.set_title(title, loc="right", fontsize=8.5)
+        if statistic == RATIO:
+            _log_ticks(ax)
+    for name, (colour, marker) in (_VERDICTS | {"bound": ("0.2", "|")}).items():
+        axes[0, 0].plot([], [], marker, color=colour, label=name)
+    _legend(fig, axes[0, 0], 2)
+    return fig
+
+
+def alignment(products: pd.DataFrame, title: str = "") -> Figure:
+    """Dot products of a query's vectors (rows) and a passage's, each less its row's mean; the row's maximum is framed.
+
+    MaxSim, in the title, sums the maxima of the products themselves, those above 0.
+    """
+    values = products.to_numpy()
+    centred, few = products.sub(products.mean(1), axis=0), products.shape[1] <= 8
+    fig, axes = _panels(1, 1.5 + 0.3 * len(products))
+    (ax,), widest = axes, float(np.abs(centred).to_numpy().max()) or 1.0
+    scale = {"cmap": "vlag", "vmin": -widest, "vmax": widest, "annot_kws": {"size": 7.5}}
+    bar = {"label": "dot product − mean of its row"}
+    sns.heatmap(centred, annot=few, fmt="+.2f", ax=ax, cbar_kws=bar, xticklabels=True, yticklabels=True, **scale)
+    for row, column in enumerate(values.argmax(1)):
+        ax.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=2))
+    turned = {"rotation": 45, "va": "top"} if few else {"rotation": 90, "va": "center"}
+    plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor", **turned)
+    plt.setp(ax.get_yticklabels(), rotation=0)
+    # words may hold what matplotlib would read as mathematics
+    plt.setp([ax.title, *ax.get_xticklabels(), *ax.get_yticklabels()], parse_math=False)
+    ax.set(xlabel="masks of the passage and their predicted words", ylabel="masks of the query")
+    ax.set_title(f"{title}\nMaxSim {values.max(1).clip(min=0).sum():.3f}".strip())
+    return fig
 
 
 def allocator(table: pd.DataFrame) -> Figure:
     """The default Kq, the allocator and the oracle over Kq, for each collection and their mean."""
     labels = {"selected": "default Kq", "adaptive": "allocator", "oracle_kq": "oracle over Kq"}
-    rows = _by_collection(table, labels, "Kq")
-    fig, ax = plt.subplots(figsize=(7.5, 0.42 * len(table) + 1.4))
-    ax.hlines(rows["collection"][: len(table)], table["selected"], table["oracle_kq"], color="0.7", linewidth=1)
-    looks = {"hue": "Kq", "style": "Kq", "markers": ["s", "D", "o"], "size": "Kq", "sizes": [110, 35, 50]}
-    sns.scatterplot(rows, x="value", y="collection", ax=ax, **looks)
-    ax.set(xlabel="hybrid nDCG@10")
-    ax.legend(**_ABOVE)
+    table = table.assign(collection=table["collection"].str.removeprefix("pydocs/"))
+    rows = table.rename(columns=labels).melt("collection", list(labels.values()), var_name="Kq")
+    fig, axes = _panels(1, 0.28 * len(table) + 0.6)
+    axes[0].hlines(table["collection"], table["selected"], table["oracle_kq"], color="0.7", linewidth=1)
+    looks = {"hue": "Kq", "style": "Kq", "markers": ["s", "D", "o"], "size": "Kq", "sizes": [80, 25, 40]}
+    sns.scatterplot(rows, x="value", y="collection", ax=axes[0], **looks)
+    axes[0].set(xlabel="hybrid nDCG@10", ylabel="")
+    _legend(fig, axes[0])
     return fig
 
 
-def _lines(ax: Axes, table: pd.DataFrame, **options: Any) -> None:
-    """Draw median latency against the number of vectors, with the quartiles."""
-    looks = {"hue": "label", "style": "label", "markers": True, "dashes": False} | _INTERVAL | options
-    sns.lineplot(_three(table, "q1_ms", "median_ms", "q3_ms"), x="vectors", y="number", ax=ax, **looks)
-    ax.set(ylabel="latency (ms), median and quartiles")
-    ax.legend(fontsize=8)
+def _latency(ax: Axes, table: pd.DataFrame, x: str, **labels: str) -> None:
+    """Draw median latency against a column, with intervals where there are any."""
+    looks = {"hue": "label", "style": "label", "markers": True, "dashes": False, "markersize": 5}
+    sns.lineplot(_three(table, "low", "value", "high"), x=x, y="number", ax=ax, err_style="bars", **looks, **_INTERVAL)
+    ax.set(ylabel="median ms", **labels)
 
 
-def latency_vectors(latency: pd.DataFrame) -> Figure:
-    """Encoding latency of one text against its number of vectors; a panel a side, bands between the quartiles."""
-    cells = latency[latency["curve"] == "vectors"]
-    cells = cells.assign(label=cells["system"] + (", " + cells["decoding"]).fillna(""))
-    sides = cells["side"].unique()
-    fig, axes = plt.subplots(1, len(sides), figsize=(5.2 * len(sides), 4.2), squeeze=False)
-    for ax, side in zip(axes[0], sides, strict=True):
-        own = cells[cells["side"] == side]
-        _lines(ax, own)
-        ax.set(title=f"one {side} of {own['text_tokens'].iloc[0]} tokens", xlabel="vectors per text", ylim=(0, None))
+def _decoded(table: pd.DataFrame) -> pd.Series:
+    return table["system"] + (", " + table["decoding"]).where(table["decoding"].fillna("") != "", "")
+
+
+def latency_vectors(table: pd.DataFrame) -> Figure:
+    """Encoding latency of queries against their number of vectors; a panel for each size of a batch."""
+    cells = table[(table["quantity"] == ENCODING) & (table["side"] == "query")]
+    several = cells.groupby("system")["count"].transform("max") > 1
+    lines = cells[several]
+    single = lines[(lines["system"] == "PromptReps") & (lines["count"] == 1)]  # where each way of decoding begins
+    ways = lines.loc[lines["decoding"].fillna("") != "", "decoding"].unique()
+    lines = pd.concat([lines.drop(single.index), *(single.assign(decoding=way) for way in ways)])
+    fig, axes = _panels(cells["batch"].nunique(), 1.9, sharex=True)
+    for ax, (batch, own) in zip(axes, lines.assign(label=_decoded).groupby("batch")):
+        _latency(ax, own, "count", xlabel="vectors of a query", title=f"queries at once: {batch}")
+        ax.set_ylim(0, None)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(fig, axes[0], 1)
     return fig
 
 
-def latency_search(search: pd.DataFrame) -> Figure:
-    """Search latency of one query against the number of vectors in the index."""
-    timed = search[search["median_ms"].notna()]
-    pairs = [f" ({q}, {p})" if max(q, p) > 1 else "" for q, p in zip(timed["k_query"], timed["k_passage"])]
-    fig, ax = plt.subplots()
-    _lines(ax, timed.assign(label=timed["index"] + pairs), err_style="bars")
-    ax.set(xscale="log", yscale="log", xlabel="vectors in the index", title="one query")
+def latency_length(table: pd.DataFrame, search: pd.DataFrame) -> Figure:
+    """Latency against the length of a passage (encoding), and against the vectors of an index (searching it)."""
+    cells = table[(table["quantity"] == ENCODING) & (table["side"] == "passage")]
+    letters = np.where(cells["system"].str.startswith("Prompt"), "N", "K")
+    several = cells["system"].isin(["DiffRetriever", "PromptReps"])
+    counted = cells["system"] + (" " + letters + "=" + cells["count"].astype(str)).where(several, "")
+    fig, axes = _panels(2, 3.0)
+    _latency(axes[0], cells.assign(label=counted), "text_tokens", xlabel="tokens of a passage", title="encoding")
+    timed = search.dropna(subset="value").assign(label=lambda d: d["index"])
+    _latency(axes[1], timed, "vectors", xlabel="vectors in the index", title="searching, one query")
+    axes[1].set(xscale="log", yscale="log")
+    for ax in axes:
+        ax.legend(title="", loc="upper center", bbox_to_anchor=(0.45, -0.25), ncols=2)
     return fig
 
 
 def effectiveness_latency(table: pd.DataFrame) -> Figure:
-    """Effectiveness against the latency of a query (the paper's Figure 1); a line joins a system's two trainings."""
-    table = table.assign(system=[comparison_name(name, "zero-shot") for name in table["system"]])
-    fig, ax = plt.subplots(figsize=(8.5, 5.2))
-    point = {"x": "latency_ms", "y": "ndcg", "hue": "system", "ax": ax}
-    sns.lineplot(table, **point, estimator=None, sort=False, alpha=0.6, linewidth=1, legend=False)
-    sizes = {"zero-shot": 45, "fine-tuned": 130}
-    sns.scatterplot(table, **point, style="mode", markers=_MODE_MARKERS, size="training", sizes=sizes)
-    _log_ticks(ax)
-    xlabel = f"latency of a query (ms): encoding, and search over {table['indexed_passages'].max():,} passages"
-    ax.set(xlabel=xlabel, ylabel="macro nDCG@10, out of domain", ylim=(0, 1))
-    ax.legend(fontsize=8, **_BESIDE)
+    """Effectiveness against the latency of a query (the paper's Figure 1): a panel for each training.
+
+    A line joins a method's single and multi form.  Columns as of efficiency.effectiveness_latency.
+    """
+    table, trainings = _named(table), table["training"].unique()
+    fig, axes = _panels(len(trainings), 2.1, sharex=True, sharey=True)
+    shown = {"x": "latency_ms", "y": "ndcg", "hue": "method", "palette": _METHODS}
+    shown["hue_order"] = [method for method in _METHODS if method in set(table["method"])]
+    for ax, training in zip(axes, trainings):
+        own = table[table["training"] == training]
+        sns.lineplot(own, estimator=None, sort=False, alpha=0.6, legend=False, ax=ax, **shown)
+        sns.scatterplot(own, style="form", markers=_FORMS, style_order=list(_FORMS), s=55, ax=ax, **shown)
+        ax.set(title=training, ylabel="macro nDCG@10")
+        ax.set(xlabel=f"ms of a query: encoding, and searching {table['passages'].max():,} passages")
+        ax.margins(0.12)
+    _log_ticks(axes[0])
+    _legend(fig, axes[0])
     return fig
 
 
 def training_curves(table: pd.DataFrame) -> Figure:
-    """Training loss, and nDCG@10 on the development collection, against the step; step 0 is before training."""
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4))
-    labels = {"loss": "training loss (nats per query)", "dev_ndcg": "nDCG@10, development collection"}
-    for ax, (column, label) in zip(axes, labels.items(), strict=True):
-        for system, rows in table[table[column].notna()].groupby("system", sort=False):
-            sns.lineplot(rows, x="step", y=column, label=system, ax=ax, legend=ax is axes[1])
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.set(ylabel=label)
-    axes[1].legend(fontsize=8, **_BESIDE)
+    """Training loss, and nDCG@10 on the development collection beside its zero-shot level, of every system.
+
+    Columns system, step (0: before training), loss, dev_ndcg, and repetition where a system has several seeds.
+    """
+    table = table if "repetition" in table else table.assign(repetition=0)
+    systems, one = table["system"].unique(), {"units": "repetition", "estimator": None, "linewidth": 1.1}
+    fig, axes = _panels(2 * len(systems), 1.0, 2, sharex=True)
+    for row, system in enumerate(systems):
+        rows, (left, right) = table[table["system"] == system], axes[2 * row : 2 * row + 2]
+        sns.lineplot(rows.dropna(subset="loss"), x="step", y="loss", color="C0", ax=left, **one)
+        measured = rows.dropna(subset="dev_ndcg")
+        sns.lineplot(measured, x="step", y="dev_ndcg", color="C1", marker="o", markersize=4, ax=right, **one)
+        right.axhline(measured["dev_ndcg"].iloc[0], color="0.3", linestyle="--", linewidth=1)
+        left.set_title(system, loc="left")
+        right.set_title("development; dashed: zero-shot" if row == 0 else "", loc="right", fontsize=8)
+        left.set(ylabel="loss (nats)", xlabel="step")
+        right.set(ylabel="nDCG@10", xlabel="step")
+        for ax in (left, right):
+            ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     return fig

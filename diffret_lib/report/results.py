@@ -11,12 +11,15 @@ import html
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
@@ -24,8 +27,25 @@ from diffret_lib.cache import atomic_path, explained, write_text
 from diffret_lib.config import CHECKOUT, Profile
 from diffret_lib.environment import hardware, versions
 
-_TEX = {c: f"\\{c}" for c in "&%$#_{}"}
-_TEX |= {"~": r"\textasciitilde ", "^": r"\textasciicircum ", "\\": r"\textbackslash "}
+#: What pdfLaTeX needs to be told of a character; any other beyond Latin-1 is named by its code.
+_TEX = {c: f"\\{c}" for c in "&%$#{}"} | {"_": r"\_\allowbreak{}"}
+_TEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "<": r"\textless{}",
+         ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", "−": "$-$", "×": r"$\times$",
+         "≥": r"$\ge$", "≤": r"$\le$", "†": r"\dag{}", "␣": r"\textvisiblespace{}", "…": r"\dots{}", "–": "--",
+         "’": "'", "/": r"/\allowbreak{}", "·": r"\textperiodcentered\allowbreak{}"}  # fmt: skip
+#: Rows of the longest table that is written for LaTeX, and characters of a line of its small print across a page.
+_TEX_ROWS, _TEX_WIDTH = 60, 130
+#: Passages that a collection must have more of for the metric to tell rankings of it apart.
+DEEP_METRICS = {"recall@100": 100, "success@10": 100}
+ALPHA = 0.05
+
+
+def telling_collections(metric: str, passages: Mapping[str, int]) -> list[str]:
+    """Collections (name to number of passages) on which a metric tells rankings apart.
+
+    All of them; for :data:`DEEP_METRICS` those with more passages than the metric needs.
+    """
+    return [name for name, n in passages.items() if n > DEEP_METRICS.get(metric, 0)]
 
 
 def default_root() -> Path:
@@ -69,36 +89,68 @@ class Results:
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def table(self, df: pd.DataFrame, name: str, caption: str = "", floatfmt: str | Mapping = ".3f") -> Table:
+    def table(
+        self, df: pd.DataFrame, name: str, caption: str = "", floatfmt: str | Mapping = "",
+        *, bold: pd.DataFrame | None = None, data: pd.DataFrame | None = None,
+    ) -> Table:  # fmt: skip
         """Write ``tables/name.csv``, ``.md`` and ``.tex`` without the index, and return the table for the notebook.
 
-        ``floatfmt`` formats floating-point numbers outside the CSV, which has all digits: one format, or one for each
-        column (else ``.3f``).
+        The CSV has every column and all digits (of ``data``, where that is another table).  What is shown is
+        :func:`readable`, in bold where ``bold`` (bool, in the shape of ``df``) is true; ``floatfmt`` formats
+        floating-point numbers: one format, or one for each column.  The LaTeX needs the packages that its first line
+        names; a table of more than 60 rows has none.
         """
-        self.data(df, name)
-        floats = df.select_dtypes("floating").columns
-        given = floatfmt if isinstance(floatfmt, Mapping) else dict.fromkeys(floats, floatfmt)
-        formats = {column: f"{{:{given.get(column, '.3f')}}}" for column in floats}
-
-        shown = df.astype(object)
-        for column, pattern in formats.items():
-            shown[column] = shown[column].map(pattern.format, na_action="ignore")
-        shown = shown.where(df.notna(), "").map(lambda cell: " ".join(str(cell).split()))
-        sides = ["right" if pd.api.types.is_numeric_dtype(dtype) else "left" for dtype in df.dtypes]
-        piped = shown.map(lambda cell: cell.replace("|", r"\|"))
+        self.data(df if data is None else data, name)
+        shown = readable(df, floatfmt)
+        bold = pd.DataFrame(index=shown.index) if bold is None else bold.reset_index(drop=True).rename(columns=_header)
+        strong = bold.reindex(columns=shown.columns, fill_value=False)
+        sides = ["right" if _numeric(shown[column]) else "left" for column in shown]
+        piped = shown.map(lambda cell: cell.replace("|", r"\|")).where(~strong, "**" + shown + "**")
         markdown = piped.to_markdown(index=False, disable_numparse=True, colalign=sides if len(df) else None)
         markdown = f"**{caption}**\n\n{markdown}" if caption else markdown
         write_text(self.tables / f"{name}.md", markdown + "\n")
-        tex = shown.to_latex(
-            index=False, escape=True, caption=caption.translate(str.maketrans(_TEX)) or None, label=f"tab:{name}",
-            position="tbp", column_format="".join(side[0] for side in sides),
-        )  # fmt: skip
-        write_text(self.tables / f"{name}.tex", tex)
+        if len(df) <= _TEX_ROWS:
+            write_text(self.tables / f"{name}.tex", latex(shown, strong, caption, f"tab:{name}"))
+        else:
+            (self.tables / f"{name}.tex").unlink(missing_ok=True)
 
-        styler = Styler(df.reset_index(drop=True), uuid=name, cell_ids=False).hide(axis="index")
-        styler.format(formats, na_rep="", escape="html").format_index(escape="html", axis="columns")
+        unbroken = shown.map(lambda cell: re.sub(r"(?<=\d,) (?=-?\d)", "\u00a0", cell))  # an interval stays on one line
+        styler = Styler(unbroken, uuid=name, cell_ids=False).hide(axis="index").format(escape="html")
+        styler.apply(lambda _: strong.map({True: "font-weight: bold", False: ""}.get), axis=None)
         styler.set_table_styles([{"selector": "caption", "props": "caption-side: top; font-weight: bold;"}])
-        return Table(styler.set_caption(html.escape(caption)).to_html(), markdown)
+        styler.format_index(escape="html", axis="columns").set_caption(html.escape(caption))
+        return Table(styler.to_html(), markdown)
+
+    def effectiveness(
+        self, wide: pd.DataFrame, name: str, caption: str, intervals: pd.DataFrame | None = None,
+        comparisons: pd.DataFrame | None = None,
+    ) -> Table:  # fmt: skip
+        """Write a table of systems by collections: the macro average first, the best of each column in bold.
+
+        ``wide`` has the columns training, system, mode, macro and one a collection; ``intervals`` those of
+        :func:`~diffret_lib.experiments.comparison.system_intervals`, ``comparisons`` those of ``compare_systems``:
+        ``*`` marks several vectors that are better than one (corrected p < 0.05), ``†`` a fine-tuned system that is
+        better than zero-shot, in the same mode.
+        """
+        keys = ["training", "system", "mode"]
+        data = wide[[*keys, "macro", *wide.columns.drop([*keys, "macro"])]]
+        named = data["system"].where(data["training"] == "zero-shot", data["system"] + ", " + data["training"])
+        shown = data.drop(columns=["training", "mode"]).assign(system=named + " (" + data["mode"] + ")")
+        bold = shown.drop(columns="system").apply(lambda column: column == column.max()).assign(system=False)
+        if intervals is not None:
+            ends = data[keys].merge(intervals, how="left", on=keys)
+            for frame, (place, end) in product((shown, data), enumerate(("low", "high"))):
+                frame.insert(frame.columns.get_loc("macro") + 1 + place, end, ends[end].to_numpy())
+        if comparisons is not None:
+            clear = comparisons[comparisons["reading"] == "better"]
+            better = set(zip(clear["better"], clear["than"], clear["mode"]))
+            marks = [
+                "*" * ((of, of.replace("multi", "single"), mode) in better) + "†" * ((of, plain, mode) in better)
+                for of, plain, mode in zip(named, data["system"], data["mode"])
+            ]
+            shown.insert(shown.columns.get_loc("macro") + 1, "mark", marks)
+            caption += " * better than one vector, † better than zero-shot (corrected p < 0.05)."
+        return self.table(shown, name, caption, bold=bold, data=data)
 
     def data(self, df: pd.DataFrame, name: str) -> None:
         """Write ``tables/name.csv`` alone, with all digits: long tables that other notebooks read."""
@@ -113,7 +165,7 @@ class Results:
         with mpl.rc_context({"svg.hashsalt": f"diffret-{name}"}):
             for ending, metadata in {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}.items():
                 with atomic_path(self.figures / f"{name}.{ending}") as path:
-                    fig.savefig(path, dpi=150, bbox_inches="tight", metadata=metadata)
+                    fig.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
 
     def run(self) -> dict[str, dict[str, Any]]:
         """The content of ``run.json`` (empty before the first record); ``ValueError`` if it is no record."""
@@ -149,14 +201,128 @@ class Results:
         write_text(self.run_file, json.dumps(content, **options) + "\n")
 
 
+def readable(df: pd.DataFrame, floatfmt: str | Mapping = "") -> pd.DataFrame:
+    """A table as it is read: all cells and headers text, without the index.
+
+    Columns ``low``, ``high`` (or ``x_low``, ``x_high``) become an interval behind the value before them; behind ``low``
+    and ``high`` stands ``*`` where the table's p (corrected, if it has that) is below 0.05.  ``low_all``, ``high_all``
+    become one interval; a column ``mark`` joins the value before it.  A p below 0.001 is "< .001", a hash has its first
+    12 digits, underscores of a header are spaces; a column without a cell is left out.
+    """
+    df = df.reset_index(drop=True)
+    shown, value = df.astype(object), {}
+    for place, (low, high) in enumerate(zip(df.columns, df.columns[1:])):
+        if re.fullmatch(r"(.*_)?low(_all)?", low) and high == low.replace("low", "high"):
+            before = [c for c in df.columns[:place] if c not in {"mark", *value}]
+            value[low] = value[high] = before[-1]
+    for column in df.select_dtypes("floating"):
+        own = value.get(column, column)
+        given = floatfmt.get(own) if isinstance(floatfmt, Mapping) else floatfmt
+        text = p_value if re.match(r"p(_|$)", column) else f"{{:{given or _digits(df[own])}}}".format
+        shown[column] = shown[column].map(text, na_action="ignore")
+    shown = shown.where(df.notna(), "").map(_cell)
+    clear = next((df[p] < ALPHA for p in ("p_corrected", "p") if p in df), pd.Series(False, df.index))
+    if "mark" in df:
+        shown.iloc[:, df.columns.get_loc("mark") - 1] += shown.pop("mark")
+    for low, high in zip(list(value)[::2], list(value)[1::2]):
+        ends = ("[" + shown[low] + ", " + shown.pop(high) + "]").where(df[low].notna(), "")
+        if low.endswith("low"):
+            mark = clear.map({True: "*", False: ""}) if low == "low" else ""
+            shown[value[low]] += (" " + ends + mark).where(ends != "", "")
+            del shown[low]
+        else:
+            shown[low] = ends
+    empty = shown.columns[(shown == "").all()] if len(shown) else []
+    return (
+        shown.drop(columns=empty).rename(columns={"low_all": "interval over collections too"}).rename(columns=_header)
+    )
+
+
+def paper_against_ours(tests: pd.DataFrame) -> pd.DataFrame:
+    """What the paper says and what was measured, for each test of the ledger that counts.
+
+    ``tests`` has the columns claim, comparison, direction, statistic, bound, value, low, high, queries, counts and
+    verdict.  Columns claim, comparison, paper (the direction, and the size where the paper gives one), ours (the
+    direction that the interval leaves), value, low, high, scale (of our value) and verdict.
+    """
+    rows = tests[tests["counts"].astype(bool)].reset_index(drop=True)
+    said = {"greater": "better", "clear gain": "clear headroom", "no gain": "no reliable gain",
+            "at most": "about the same", "about": "{:g} times"}  # fmt: skip
+    paper = [said[direction].format(bound) for direction, bound in zip(rows["direction"], rows["bound"])]
+    nothing = rows["direction"].eq("about") | rows["statistic"].str.startswith("ratio")
+    ours = np.select([rows["low"] > nothing, rows["high"] < nothing], ["more", "less"], "not clear")
+    queries = rows["queries"].map(lambda n: f", {n:,} queries" if n else "")
+    scale = rows["statistic"] + queries
+    table = rows[["claim", "comparison"]].assign(paper=paper, ours=ours, **rows[["value", "low", "high"]], scale=scale)
+    return table.assign(verdict=rows["verdict"])
+
+
+def p_value(p: float) -> str:
+    """A p-value: "< .001", else three digits without the zero before the point."""
+    return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def latex(shown: pd.DataFrame, strong: pd.DataFrame, caption: str, label: str) -> str:
+    """A table of text for pdfLaTeX, across the page where it is wide; numbers align at their points (siunitx)."""
+    widths = {column: max([len(column), *shown[column].map(len)]) for column in shown}
+    long = {column: n for column, n in widths.items() if n > 28 and not _numeric(shown[column])}
+    fixed = sum(n + 2 for column, n in widths.items() if column not in long)
+    room = max(_TEX_WIDTH - fixed, 24 * len(long))
+    share = {column: min(n, room * n / sum(long.values())) / _TEX_WIDTH for column, n in long.items()}
+
+    def side(column: str) -> str:
+        if column in share:
+            return f">{{\\raggedright\\arraybackslash}}p{{{max(0.08, share[column]):.2f}\\textwidth}}"
+        digits = [len(part) for part in max(shown[column], key=len, default="").lstrip("-").split(".")]
+        return f"S[table-format=-{'.'.join(map(str, digits))}]" if _numeric(shown[column]) else "l"
+
+    escaped = shown.map(_tex)
+    cells = escaped.where(~strong, "{\\textbf{" + escaped + "}}").set_axis([f"{{{_tex(c)}}}" for c in shown], axis=1)
+    body = cells.to_latex(index=False, column_format=f"@{{}}{''.join(map(side, shown))}@{{}}").strip()
+    body = f"\\resizebox{{\\textwidth}}{{!}}{{{body}}}" if fixed + room > _TEX_WIDTH else body
+    environment = "table*" if sum(widths.values()) > 0.4 * _TEX_WIDTH else "table"
+    return "\n".join([
+        r"% \usepackage[T1]{fontenc} \usepackage{booktabs,graphicx,siunitx,textcomp}",
+        rf"\begin{{{environment}}}[tbp]\centering\scriptsize\setlength{{\tabcolsep}}{{3pt}}",
+        rf"\caption{{{_tex(caption)}}}\label{{{label}}}", body, rf"\end{{{environment}}}", "",
+    ])  # fmt: skip
+
+
 def set_style() -> None:
-    """Set one look for all figures: colour-blind palette, light grid, sizes that stay readable in print."""
+    """Set one look for all figures: colour-blind palette, light grid, sizes that are readable in a column."""
     import seaborn as sns
 
-    look = {"figure.figsize": (7.0, 4.2), "figure.constrained_layout.use": True, "figure.dpi": 100,
-            "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 12, "axes.labelsize": 11,
-            "xtick.labelsize": 10, "ytick.labelsize": 10, "legend.fontsize": 10, "legend.frameon": False}  # fmt: skip
-    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc=look | {"image.cmap": "cividis"})
+    look = {"figure.figsize": (4.2, 3.0), "figure.constrained_layout.use": True, "figure.dpi": 150, "font.size": 9,
+            "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "axes.labelsize": 9,
+            "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5, "legend.frameon": False,
+            "lines.linewidth": 1.2, "grid.linewidth": 0.6, "axes.linewidth": 0.8}  # fmt: skip
+    sns.set_theme(context="paper", style="whitegrid", palette="colorblind", rc=look | {"image.cmap": "cividis"})
+
+
+def _digits(column: pd.Series) -> str:
+    """Three decimals for numbers below 10, fewer for larger ones."""
+    largest = column.abs().max()
+    return ".0f" if largest >= 1000 else ".1f" if largest >= 10 else ".3f"
+
+
+def _header(column: Any) -> str:
+    return _cell(column).replace("_", " ")
+
+
+def _cell(cell: Any) -> str:
+    return re.sub(r"^([0-9a-f]{12})[0-9a-f]{52}$", r"\1", " ".join(str(cell).split()))
+
+
+def _numeric(column: pd.Series) -> bool:
+    return len(column) > 0 and bool(column.str.fullmatch(r"-?\d+(\.\d+)?|").all()) and bool((column != "").any())
+
+
+def _tex(text: str) -> str:
+    def spelled(c: str) -> str:
+        known = _TEX.get(c) or (c if c < "\u0100" else "")
+        return known or (f"U+{ord(c):04X}" if unicodedata.category(c)[0] != "M" else "")
+
+    return "".join(map(spelled, text))
 
 
 def _check_name(name: str, what: str) -> None:

@@ -1,16 +1,17 @@
-"""Metrics, paired tests and confidence intervals, on per-query values; runs and judgements on disk.
+"""Metrics and paired tests on per-query values; runs and judgements on disk.
 
-Metrics come from :mod:`ranx`, tests and intervals from :mod:`scipy.stats` and :mod:`statsmodels`.  Arrays of
+Metrics come from :mod:`ranx`, tests from :mod:`scipy.stats` and :mod:`statsmodels`.  Arrays of
 per-query values are in the order of the sorted query ids of the qrels, so that those of two runs pair up.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 import os
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import ranx
@@ -18,6 +19,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from diffret_lib.cache import write_text
+from diffret_lib.data.checks import identifier, judge, numbered_lines, numbers_by_id, strings
 
 #: The metric by which pairs are selected and claims are judged.
 METRIC = "ndcg@10"
@@ -29,20 +31,23 @@ Qrels = Mapping[str, Mapping[str, int]]
 #: Collections or metrics to values of their queries, float (n_queries,).
 Values = Mapping[str, np.ndarray]
 
-_METRIC_NAME = re.compile(r"(ndcg|dcg|mrr|map|recall|precision|f1|hits|hit_rate)(@[1-9]\d*)?(-l[1-9]\d*)?")
+_METRIC_NAME = re.compile(r"(ndcg|dcg|mrr|map|recall|precision|f1|hits|hit_rate)(@[1-9]\d{0,7})?(-l[1-9]\d{0,7})?")
 
 
 def per_query(qrels: Qrels | ranx.Qrels, run: Run | ranx.Run, metrics: Sequence[str] = METRICS) -> Values:
     """Evaluate a run on every query of the qrels, by ``metrics`` as ranx names them: metric to float (n_queries,).
 
-    Of equal scores the one that is named first stands first.  A query that the run lacks counts with nothing
-    retrieved; one that the qrels lack is left out.  TypeError: grades that are no whole numbers, scores that are no
-    numbers.  ValueError: an unknown metric, empty qrels, no query in common, scores that are not finite.
+    Of equal scores the one that is named first stands first (trec_eval has the greater id first).  A query that the run
+    lacks counts with nothing retrieved; one that the qrels lack is left out.  A negative grade counts as 0.
+    ValueError: an unknown metric, empty qrels, no query in common, grades that are no whole numbers, scores that are
+    not finite, ids that are no strings.
     """
+    strings("metrics", metrics)
     for metric in metrics:
-        if not _METRIC_NAME.fullmatch(str(metric)):
+        if not _METRIC_NAME.fullmatch(metric):
             raise ValueError(f"cannot compute {metric!r}: a metric is named as in 'ndcg@10', with a cut of 1 or more")
     qrels, run = (x.to_dict() if isinstance(x, ranx.Qrels | ranx.Run) else x for x in (qrels, run))
+    numbers_by_id("run", run), numbers_by_id("qrels", qrels, whole=True)
     if not qrels or (run and run.keys().isdisjoint(qrels)):
         raise ValueError(f"the run and the qrels share no query: {list(run)[:3]}..., {list(qrels)[:3]}...")
     # ranx gets ids of one width and scores without ties: its code is compiled once for all runs, and sorts as here
@@ -50,14 +55,14 @@ def per_query(qrels: Qrels | ranx.Qrels, run: Run | ranx.Run, metrics: Sequence[
     for i, query in enumerate(sorted(qrels)):
         ranked = run.get(query) or {None: 0.0}  # nothing retrieved: one passage that nobody judged
         numbers = {passage: f"{j:08d}" for j, passage in enumerate(dict.fromkeys([*qrels[query], *ranked]))}
-        if not all(map(math.isfinite, ranked.values())):
-            raise ValueError(f"query {query!r} has scores that are not finite")
         best_first = sorted(ranked, key=ranked.get, reverse=True)
-        judged[f"{i:08d}"] = {numbers[passage]: operator.index(grade) for passage, grade in qrels[query].items()}
+        judged[f"{i:08d}"] = {numbers[passage]: max(0, int(grade)) for passage, grade in qrels[query].items()}
         retrieved[f"{i:08d}"] = {numbers[passage]: -float(place) for place, passage in enumerate(best_first)}
     # one metric is named twice: ranx returns a single one in another form
     asked = list(metrics) if len(metrics) > 1 else [*metrics, *metrics]
-    values = ranx.evaluate(ranx.Qrels(judged), ranx.Run(retrieved), asked, return_mean=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "unsafe cast from uint64 to int64")  # while ranx compiles
+        values = ranx.evaluate(ranx.Qrels(judged), ranx.Run(retrieved), asked, return_mean=False)
     return {metric: np.asarray(values[metric], float) for metric in metrics}
 
 
@@ -85,35 +90,6 @@ def macro_average(values: Values) -> float:
     return float(np.mean([np.mean(v) for v in values.values()]))
 
 
-def bootstrap_interval(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean over queries and its 95% percentile bootstrap interval; see :func:`macro_interval`."""
-    return macro_interval({"": values}, resamples, seed)
-
-
-def macro_interval(values: Values, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Macro average and its 95% percentile bootstrap interval, stratified: queries are drawn within collections.
-
-    ``values`` maps collections to per-query values (or differences), float (n_queries,).  Returns value, low, high;
-    the bounds are nan where a collection has fewer than two queries, and where no value varies within its collection,
-    they are the average itself.
-    """
-    value = macro_average(values)
-    samples = [np.asarray(v, float) for v in values.values()]
-    if min(map(len, samples)) < 2:
-        return value, float("nan"), float("nan")
-    if not any(np.ptp(s) for s in samples):
-        return value, value, value
-
-    def average(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.mean([part.mean(axis=axis) for part in parts], axis=0)
-
-    interval = stats.bootstrap(
-        samples, average, n_resamples=resamples, batch=200, vectorized=True, method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return value, float(interval.low), float(interval.high)
-
-
 def macro_randomization_p(differences: Values, resamples: int = 9999, seed: int = 0) -> float:
     """Two-sided p-value of Fisher's randomisation test that the macro average of paired differences is 0.
 
@@ -136,8 +112,9 @@ def macro_randomization_p(differences: Values, resamples: int = 9999, seed: int 
 def save_run(run: Run, path: str | os.PathLike[str], tag: str = "run") -> None:
     """Write a run (``query Q0 passage rank score tag``), best first; queries without results have no line.
 
-    ValueError: an id or the tag is empty or has whitespace, which the format cannot hold.
+    ValueError: an id or the tag is empty or has white space, which the format cannot hold, or a score is not finite.
     """
+    numbers_by_id("run", run)
     rows = []
     for query, ranked in run.items():
         for rank, passage in enumerate(sorted(ranked, key=ranked.get, reverse=True), 1):
@@ -145,13 +122,52 @@ def save_run(run: Run, path: str | os.PathLike[str], tag: str = "run") -> None:
     _write_columns(path, rows)
 
 
+def load_run(path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+    """Read a run of TREC's format, as :func:`save_run` writes it; passages in the order of the lines.
+
+    ValueError, naming file and line: text that is not UTF-8, not six columns, a score that is no finite number, a
+    passage that a query has twice.
+    """
+    run: dict[str, dict[str, float]] = {}
+    for place, (query, _, passage, _, score, _) in _read_columns(path, 6):
+        ranked = run.setdefault(query, {})
+        if passage in ranked:
+            raise ValueError(f"{place}: query {query!r} has passage {passage!r} twice")
+        try:
+            ranked[passage] = float(score)
+        except ValueError:
+            ranked[passage] = math.nan
+        if not math.isfinite(ranked[passage]):
+            raise ValueError(f"{place}: the score must be a finite number, got {score!r}")
+    return run
+
+
 def save_qrels(judgements: Qrels, path: str | os.PathLike[str]) -> None:
     """Write judgements (``query 0 passage relevance``); errors as of :func:`save_run`."""
+    numbers_by_id("qrels", judgements, whole=True)
     _write_columns(path, [(q, "0", p, str(grade)) for q, judged in judgements.items() for p, grade in judged.items()])
+
+
+def load_qrels(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
+    """Read judgements of TREC's format; the same one twice counts once.  ValueError as of :func:`load_run`."""
+    qrels: dict[str, dict[str, int]] = {}
+    for place, (query, _, passage, grade) in _read_columns(path, 4):
+        try:
+            judge(qrels, query, passage, grade)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    return qrels
 
 
 def _write_columns(path: str | os.PathLike[str], rows: Sequence[Sequence[str]]) -> None:
     for text in {text for row in rows for text in row}:
-        if text.split() != [text]:
-            raise ValueError(f"{text!r} is empty or has whitespace, which TREC's format cannot hold")
+        identifier(text)
     write_text(path, "".join(" ".join(row) + "\n" for row in rows))
+
+
+def _read_columns(path: str | os.PathLike[str], columns: int) -> Iterator[tuple[str, list[str]]]:
+    for number, line in numbered_lines(Path(path)):
+        cells = line.split()
+        if len(cells) != columns:
+            raise ValueError(f"{path}:{number}: {columns} columns separated by white space are needed, got {line!r}")
+        yield f"{path}:{number}", cells

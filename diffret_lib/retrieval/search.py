@@ -6,18 +6,15 @@ Memory is bounded by a block of passages.  Ties are broken the same way everywhe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Integral
 
-import faiss
 import numpy as np
 import torch
 
+from diffret_lib.data.checks import strings, whole_number
 from diffret_lib.retrieval.representations import Representations
 
 #: Scores of one block: query vectors times passage vectors, or queries times passages.
 BLOCK = 1 << 24
-#: Scores that are this close, relative to a query's best, may be the same but for rounding.
-TIE = 1e-5
 MODES = ("dense", "sparse", "hybrid")
 RANK_MODES = ("dense", "mean", "sparse", "hybrid")
 #: The mode in which pairs (Kq, Kp) are selected and negatives are mined.
@@ -26,13 +23,6 @@ SELECTION_MODE = "hybrid"
 #: Scores, float (n_queries, k), descending in each row; indices of passages, int64 of the same shape, -1 for none.
 Ranking = tuple[np.ndarray, np.ndarray]
 _Best = tuple[torch.Tensor, torch.Tensor]
-
-
-def whole_number(name: str, value: int) -> int:
-    """Return ``value``, or raise a ValueError that names it where it is no whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value < 2**31:
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-    return int(value)
 
 
 def maxsim_search(queries: Representations, passages: Representations, top_k: int) -> Ranking:
@@ -56,28 +46,14 @@ def maxsim_search(queries: Representations, passages: Representations, top_k: in
 
 
 def single_search(queries: Representations, passages: Representations, top_k: int) -> Ranking:
-    """Find the best passages by the dot product of the means of each side's vectors; else as :func:`maxsim_search`.
-
-    A faiss index finds the passages; their scores, and so their order, are those of one matrix product.
-    """
+    """Find the best passages by the dot product of the means of each side's vectors; else as :func:`maxsim_search`."""
     _check(queries, passages, "dense")
-    vectors = np.ascontiguousarray(mean_vectors(queries))
+    vectors = torch.from_numpy(mean_vectors(queries))
 
     def top(rows: slice) -> _Best:
-        part, index = np.ascontiguousarray(mean_vectors(passages, rows)), faiss.IndexFlatIP(vectors.shape[1])
-        _check_finite(vectors.sum() + part.sum(1), rows)
-        index.add(part)
-        depth, tied = top_k, True
-        while tied:  # faiss keeps any of the passages that tie at the cut: search deeper, until the last is below them
-            scores, found = index.search(vectors, min(depth, len(part)))
-            tied = depth < len(part) and (scores[:, top_k - 1] - scores[:, -1] <= TIE * abs(scores[:, 0])).any()
-            depth *= 2
-        found = np.unique(found)
-        scores, places = _top(torch.from_numpy(vectors) @ torch.from_numpy(part[found]).T, top_k, rows)
-        return scores, torch.from_numpy(found)[places]
+        return _top(vectors @ torch.from_numpy(mean_vectors(passages, rows)).T, top_k, rows)
 
-    size = max(len(queries), passages.vectors * vectors.shape[1])
-    return _merge_blocks(top, len(queries), len(passages), top_k, size)
+    return _merge_blocks(top, len(queries), len(passages), top_k, max(len(queries), passages.vectors * vectors.shape[1]))
 
 
 def sparse_search(queries: Representations, passages: Representations, top_k: int) -> Ranking:
@@ -126,14 +102,10 @@ def _merge_blocks(top: Callable[[slice], _Best], n_queries: int, n: int, top_k: 
     return best[0].numpy(), best[1].numpy()
 
 
-def _check_finite(scores: np.ndarray, rows: slice) -> None:
-    if not np.isfinite(scores).all():
-        raise ValueError(f"scores of the passages {rows.start}..{rows.stop} are not finite")
-
-
 def _top(scores: torch.Tensor, top_k: int, rows: slice) -> _Best:
     """The ``top_k`` columns of each row, by score and then by column."""
-    _check_finite(scores.numpy(), rows)
+    if not scores.isfinite().all():
+        raise ValueError(f"scores of the passages {rows.start}..{rows.stop} are not finite")
     places = torch.arange(scores.shape[1]).expand(len(scores), -1)
     if scores.shape[1] > 4 * top_k:
         # a stable sort of all is slow, and torch.topk picks any of equal scores: of those at the threshold, the first
@@ -161,6 +133,7 @@ def hybrid_search(dense: Ranking, sparse: Ranking, top_k: int) -> Ranking:
     again = indices[:, 1:] == indices[:, :-1]
     scores[:, :-1] += np.where(again, scores[:, 1:], 0)
     scores[:, 1:][again], indices[:, 1:][again] = -np.inf, -1
+    scores[indices < 0] = -np.inf
     # rows are in the order of the passages, so that a stable sort leaves equal scores in it
     order = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
     indices, scores = np.take_along_axis(indices, order, 1), np.take_along_axis(scores, order, 1)
@@ -176,26 +149,43 @@ def _min_max(scores: np.ndarray) -> np.ndarray:
     return (scores - least) / np.maximum(scores.max(1, keepdims=True) - least, 1e-9)  # the floor is the one of ranx
 
 
-def rank(queries: Representations, passages: Representations, mode: str, top_k: int = 100) -> Ranking:
+def rank(
+    queries: Representations, passages: Representations, mode: str, top_k: int = 100,
+    excluded: np.ndarray | None = None,
+) -> Ranking:  # fmt: skip
     """Rank at most ``top_k`` passages for each query.
 
     ``dense`` is the dot product where each side has one vector a text (K = 1), MaxSim otherwise; ``mean`` the dot
     product of the means of the vectors; ``sparse`` leaves out passages of score 0; ``hybrid`` joins the ``top_k``
-    of ``dense`` and of the sparse side, those of score 0 too.  ValueError: an unknown mode, a side that is missing,
-    shapes or origins that do not fit, or a ``top_k`` that is no whole number of at least 1.
+    of ``dense`` and of the sparse side, those of score 0 too.  ``excluded``, int64 (n_queries,), is the passage that
+    never counts for a query (-1: none), as :attr:`Collection.excluded` has it.  ValueError: an unknown mode, a side
+    that is missing, shapes or origins that do not fit, or a ``top_k`` that is no whole number of at least 1.
     """
     if mode not in RANK_MODES:
         raise ValueError(f"mode must be one of {', '.join(RANK_MODES)}, not {mode!r}")
+    whole_number("top_k", top_k)
+    if excluded is not None and np.shape(excluded) != (len(queries),):
+        raise ValueError(f"excluded must have the shape ({len(queries)},), not {np.shape(excluded)}")
     asked, held = queries.origin, passages.origin
     if asked and held and (asked.side, held.side, asked.space) != ("query", "passage", held.space):
         sides = f"queries ({asked.side} side of {asked.system}) and passages ({held.side} side of {held.system})"
         raise ValueError(f"{sides} cannot be compared: swapped, or of different weights, readers or vocabularies")
     if not len(queries) or not len(passages):
         return np.zeros((len(queries), 0)), np.zeros((len(queries), 0), np.int64)
+
+    def best(search: Callable[[Representations, Representations, int], Ranking]) -> Ranking:
+        if excluded is None:
+            return search(queries, passages, top_k)
+        scores, indices = search(queries, passages, top_k + 1)
+        own = indices == excluded[:, None]
+        scores, indices = np.where(own, scores[:, -1:], scores), np.where(own, -1, indices)
+        order = np.argsort(own, axis=1, kind="stable")[:, :top_k]  # the own one last, with the least score
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(indices, order, 1)
+
     dense = single_search if mode == "mean" or queries.vectors == passages.vectors == 1 else maxsim_search
     if mode == "hybrid":
-        return hybrid_search(dense(queries, passages, top_k), sparse_search(queries, passages, top_k), top_k)
-    scores, indices = (sparse_search if mode == "sparse" else dense)(queries, passages, top_k)
+        return hybrid_search(best(dense), best(sparse_search), top_k)
+    scores, indices = best(sparse_search if mode == "sparse" else dense)
     return scores, np.where(scores > 0, indices, -1) if mode == "sparse" else indices
 
 
@@ -204,17 +194,22 @@ def to_results(
 ) -> dict[str, dict[str, float]]:
     """Ranked passages as a dict of query id to passage id to score, best first.
 
-    Equal scores are set apart by one unit in the last place of float64: what sorts a run by its scores
-    (ranx, trec_eval) has no other means to know the order.  Scores and indices are a :data:`Ranking`; ValueError:
-    shapes and ids do not fit, ids are not unique, or a row does not descend.
+    Equal scores are set apart by one unit in the last place of float32: what sorts a run by its scores (ranx, and
+    trec_eval, which reads them as float32) has no other means to know the order.  Scores and indices are a
+    :data:`Ranking`; ValueError: shapes and ids do not fit, ids are no list of strings or not unique, a score is not
+    finite, or a row does not descend.
     """
-    scores, indices, passage_ids = np.array(scores, np.float64), np.asarray(indices), list(passage_ids)
+    strings("query_ids", query_ids), strings("passage_ids", passage_ids)
+    scores, indices, passage_ids = np.array(scores, np.float32), np.asarray(indices), list(passage_ids)
     if len(set(query_ids)) < len(query_ids) or len(set(passage_ids)) < len(passage_ids):
         raise ValueError("query ids and passage ids must be unique")
-    if (scores[:, 1:] > scores[:, :-1]).any():
-        raise ValueError("the scores of a query must be descending")
+    if scores.shape != indices.shape or len(scores) != len(query_ids) or indices.max(initial=-1) >= len(passage_ids):
+        sizes = f"{scores.shape} and {indices.shape} for {len(query_ids)} query and {len(passage_ids)} passage ids"
+        raise ValueError(f"scores and indices, ({sizes}), must be a row for each query, of passages that are there")
+    if not np.isfinite(scores[indices >= 0]).all() or (scores[:, 1:] > scores[:, :-1]).any():
+        raise ValueError("the scores of a query must be finite and descending")
     for j in range(1, scores.shape[1]):
-        scores[:, j] = np.minimum(scores[:, j], np.nextafter(scores[:, j - 1], -np.inf))
+        scores[:, j] = np.minimum(scores[:, j], np.nextafter(scores[:, j - 1], np.float32(-np.inf)))
     return {
         query: {passage_ids[i]: score for i, score in zip(row, values, strict=True) if i >= 0}
         for query, row, values in zip(query_ids, indices.tolist(), scores.tolist(), strict=True)

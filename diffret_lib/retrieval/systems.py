@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import bm25s
@@ -19,15 +20,20 @@ from tqdm import tqdm
 
 from diffret_lib.addresses import address, fingerprint
 from diffret_lib.cache import fetch
+from diffret_lib.data.checks import strings, whole_number
 from diffret_lib.models.backbones import Backbone, LoadedBackbone, get_backbone, load_backbone, with_adapter
 from diffret_lib.models.prompts import SIDES, Side
-from diffret_lib.models.readers import LastToken, MaskedPositions, MeanOfTokens, NextTokens, Reader
+from diffret_lib.models.readers import LastToken, MaskedPositions, MeanOfTokens, NextTokens, Reader, one_of
 from diffret_lib.retrieval.metrics import make_run
 from diffret_lib.retrieval.representations import Origin, Representations
-from diffret_lib.retrieval.search import MODES, rank, to_results, whole_number
+from diffret_lib.retrieval.search import MODES, rank, to_results
 
 #: Texts of one shard: what an interrupted encoding loses at most, and within which equal texts are encoded once.
 SHARD_TEXTS = 1024
+#: Parameters of BM25: those of Anserini, with which BEIR's baseline was measured.
+K1, B = 0.9, 0.4
+#: On a GPU a batch has this many times the tokens.
+CUDA_BATCH = 16
 
 
 class System:
@@ -58,17 +64,20 @@ class System:
             raise ValueError(f"{self.name} has the modes {', '.join(self.modes)}; not {mode!r}")
         query_ids = list(map(str, range(len(queries)))) if query_ids is None else query_ids
         passage_ids = list(map(str, range(len(passages)))) if passage_ids is None else passage_ids
+        strings("query_ids", query_ids)
+        strings("passage_ids", passage_ids)
         if len(passage_ids) != len(passages):
             raise ValueError(f"{len(passage_ids)} passage ids for {len(passages)} passages")
         return make_run(to_results(*rank(queries, passages, mode, top_k), query_ids, passage_ids), mode)
 
 
-def _check_texts(texts: Sequence[str], side: Side) -> None:
-    if side not in SIDES:
-        raise ValueError(f"side must be 'query' or 'passage', not {side!r}")
-    wrong = [texts] if isinstance(texts, str) else [text for text in texts if not isinstance(text, str)]
+def _checked(texts: Sequence[str], side: Side) -> list[str]:
+    one_of("side", side, SIDES)
+    sequence = isinstance(texts, Iterable) and not isinstance(texts, str | bytes | Mapping | Set)
+    wrong = [text for text in texts if not isinstance(text, str)] if sequence else [texts]
     if wrong:
-        raise TypeError(f"texts must be a sequence of strings; found {wrong[0]!r}")
+        raise TypeError(f"texts must be a sequence of strings; found {wrong[0]!r:.100}")
+    return list(texts)
 
 
 class Retriever(System):
@@ -92,14 +101,18 @@ class Retriever(System):
         spec = get_backbone(backbone) if isinstance(backbone, str) else getattr(backbone, "spec", backbone)
         if getattr(spec, "family", None) != self.family:
             raise ValueError(f"{self.name} needs a backbone of the family {self.family!r}, not {spec!r}")
-        self.backbone = backbone if isinstance(backbone, LoadedBackbone) else load_backbone(backbone)
         self.batch_tokens = whole_number("batch_tokens", batch_tokens)
+        self.backbone = load_backbone(backbone)
         limits = {"max_query_tokens": max_query_tokens, "max_passage_tokens": max_passage_tokens}
         self._settings = limits | options | {"batch_tokens": batch_tokens}
+        if self.backbone.device.type == "cuda":
+            self.batch_tokens *= CUDA_BATCH
         model, tokenizer = self.backbone.model, self.backbone.tokenizer
         self.reader = self.reader_class(model, tokenizer, **limits, **self._reader_options(**options)).eval()
         for side in SIDES:
-            length = self.reader.max_text_tokens(side) + _overhead(self.reader, "a", side, self.vectors(side))
+            k = self.vectors(side)
+            others = k if k > spec.max_length else _overhead(self.reader, "a", side)
+            length = self.reader.max_text_tokens(side) + others
             if length > spec.max_length:
                 needed = f"text, prompt and vectors of a {side} take {length} tokens"
                 raise ValueError(f"{self.name}: {needed}, and {spec.name} takes {spec.max_length}; lower one of them")
@@ -123,32 +136,44 @@ class Retriever(System):
         """Address of this side's encodings, over the code and settings that decide them; search is not covered."""
         other = "passage" if side == "query" else "query"
         settings = {k: v for k, v in self.reader.get_config_dict().items() if other not in k}
-        return address([encode_shard, type(self.reader)], side, settings, self.batch_tokens, self.backbone.fingerprint)
+        backbone = self.backbone.fingerprint, self.backbone.device.type
+        return address([encode_shard, type(self.reader)], side, settings, self.batch_tokens, *backbone)
 
     def encode(self, texts: Sequence[str], side: Side, cached: bool = False, progress: bool = True) -> Representations:
         """Dense vectors and sparse weights of texts; TypeError: ``texts`` is one str, or holds anything else than str.
 
         ``cached`` keeps every shard in the cache, from which an interrupted encoding goes on.
         """
-        _check_texts(texts, side)
-        own, parts = self.fingerprint(side) if cached else None, []
+        (encoded,) = self._encode(_checked(texts, side), side, None, cached, progress).values()
+        return encoded
+
+    def _encode(
+        self, texts: list[str], side: Side, counts: Sequence[int] | None, cached: bool, progress: bool
+    ) -> dict[int, Representations]:
+        own, parts = fingerprint(self.fingerprint(side), counts) if cached else None, []
         name = f"{self.name}: encoding {'queries' if side == 'query' else 'passages'}"
         with tqdm(total=len(texts), desc=name, disable=not progress, unit="text") as bar:
             for start in range(0, len(texts) or 1, SHARD_TEXTS):
-                shard = list(texts[start : start + SHARD_TEXTS])
-                how = side, self.batch_tokens, self.vectors(side), bar.update
+                shard = texts[start : start + SHARD_TEXTS]
+                how = side, self.batch_tokens, counts or [self.vectors(side)], bar.update
                 encode = partial(encode_shard, self.reader, shard, *how)
                 if cached:
-                    key = fingerprint(own, shard)
-                    folder = fetch("encodings", key, lambda folder, encode=encode: encode().save(folder))
-                parts.append(Representations.load(folder) if cached else encode())
+                    folder = fetch("encodings", fingerprint(own, shard), partial(_save, encode))
+                    parts.append({k: Representations.load(folder / str(k)) for k in how[2]})
+                else:
+                    parts.append(encode())
                 bar.update(start + len(shard) - bar.n)
-        space = fingerprint(self.backbone.fingerprint, type(self.reader).__name__)
-        return replace(Representations.concatenate(parts), origin=Origin(self.name, side, space))
+        origin = Origin(self.name, side, fingerprint(self.backbone.fingerprint, type(self.reader).__name__))
+        joined = {k: Representations.concatenate([part[k] for part in parts]) for k in counts or parts[0]}
+        return {k: replace(encoded, origin=origin) for k, encoded in joined.items()}
+
+    def read_texts(self, texts: Sequence[str], side: Side) -> list[str]:
+        """What of each text is read: all of it, or its beginning where it is cut."""
+        return self.reader.read_texts(_checked(texts, side), side)
 
     def features(self, texts: list[str], side: Side) -> dict[str, Any]:
         """Tokenise texts as the reader's forward pass takes them, on the backbone's device."""
-        return _features(self.reader, texts, side)
+        return _on_device(self.reader, self.reader.preprocess(texts, task=side))
 
     def multi_vector_encoder(self) -> MultiVectorEncoder:
         """The dense side as sentence-transformers, its evaluators and mteb take it."""
@@ -162,45 +187,66 @@ class Retriever(System):
 
 
 def encode_shard(
-    reader: Reader, texts: list[str], side: Side, batch_tokens: int, vectors: int, advance: Callable[[int], Any]
-) -> Representations:
-    """Encode texts, equal ones once, in batches of similar length; ``advance`` is called with the size of each."""
+    reader: Reader, texts: list[str], side: Side, batch_tokens: int, counts: Sequence[int],
+    advance: Callable[[int], Any],
+) -> dict[int, Representations]:
+    """Encode texts, equal ones once, in batches of similar length, at each of ``counts`` numbers of vectors.
+
+    More than one number needs a reader that shares the text.  ``advance`` is called with the size of each batch.
+    """
     rows: dict[str, int] = {}
-    found: list[np.ndarray] = []
-    weights = [sp.csr_matrix((0, reader.vocab_size), dtype=np.float32)]
-    for batch in _batches(reader, list(dict.fromkeys(texts)), side, batch_tokens, vectors):
+    vectors: dict[int, list[np.ndarray]] = {k: [] for k in counts}
+    weights = {k: [sp.csr_matrix((0, reader.vocab_size), dtype=np.float32)] for k in counts}
+    extra = {"counts": counts} if len(counts) > 1 else {}
+    for batch in _batches(reader, list(dict.fromkeys(texts)), side, batch_tokens, extra):
+        features = _on_device(reader, reader.features(batch, side, **extra))
         with torch.inference_mode():
-            out = reader(_features(reader, batch, side))
-        embeddings, valid = out["token_embeddings"].cpu().numpy(), out["attention_mask"].bool().cpu().numpy()
-        found += [own[there] for own, there in zip(embeddings, valid, strict=True)]
-        if reader.has_sparse:
-            weights.append(sp.csr_matrix(out["sentence_embedding"].cpu().numpy()))
+            outputs = reader.forward_counts(features) if extra else {counts[0]: reader(features)}
+        for k, out in outputs.items():
+            embeddings, valid = out["token_embeddings"].cpu().numpy(), out["attention_mask"].bool().cpu().numpy()
+            vectors[k] += [own[there] for own, there in zip(embeddings, valid, strict=True)]
+            if reader.has_sparse:
+                weights[k].append(_csr(features["content_ids"].cpu(), out["content_weights"].cpu(), reader.vocab_size))
         rows |= {text: len(rows) + i for i, text in enumerate(batch)}
         advance(len(batch))
-    dense = np.zeros((len(found), vectors, reader.hidden_size), np.float32)
-    for row, own in zip(dense, found, strict=True):
-        row[: len(own)] = own
-    lengths = np.array([len(own) for own in found], np.int64)
     take = np.array([rows[text] for text in texts], np.int64)
-    sparse = sp.vstack(weights, format="csr")[take] if reader.has_sparse else None
-    return Representations(dense[take], lengths[take], sparse)
+    encoded = {}
+    for k, found in vectors.items():
+        dense = np.zeros((len(found), k, reader.hidden_size), np.float32)
+        for row, own in zip(dense, found, strict=True):
+            row[: len(own)] = own
+        lengths = np.array([len(own) for own in found], np.int64)
+        sparse = sp.vstack(weights[k], format="csr")[take] if reader.has_sparse else None
+        encoded[k] = Representations(dense[take], lengths[take], sparse)
+    return encoded
 
 
-def _features(reader: Reader, texts: list[str], side: Side) -> dict[str, Any]:
-    features, device = reader.preprocess(texts, task=side), reader.model.device
-    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in features.items()}
+def _csr(ids: torch.Tensor, weights: torch.Tensor, size: int) -> sp.csr_matrix:
+    """Sparse matrix [n, size] of weights [n, C] at ids [n, C], those above 0."""
+    kept = weights > 0
+    indptr = np.concatenate([[0], kept.sum(1).cumsum(0).numpy()])
+    return sp.csr_matrix((weights[kept].numpy(), ids[kept].numpy(), indptr), (len(ids), size))
 
 
-def _overhead(reader: Reader, text: str, side: Side, vectors: int) -> int:
+def _save(encode: Callable[[], dict[int, Representations]], folder: Path) -> None:
+    for k, encoded in encode().items():
+        encoded.save(folder / str(k))
+
+
+def _on_device(reader: Reader, features: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.to(reader.model.device) if torch.is_tensor(v) else v for k, v in features.items()}
+
+
+def _overhead(reader: Reader, text: str, side: Side, **extra: Any) -> int:
     """Tokens of an input besides those of its text."""
-    row, (ids,) = reader.preprocess([text], task=side), reader.text_ids([text], side)[0]
-    return row["input_ids"].shape[1] + len(row.get("left_ids", ())) + vectors - 1 - len(ids)
+    row, (ids,) = reader.features([text], side, **extra), reader.cut_ids([text], side)
+    return row["input_ids"].shape[1] + len(row.get("left_ids", ())) + reader.decoded - len(ids)
 
 
-def _batches(reader: Reader, texts: list[str], side: Side, batch_tokens: int, vectors: int) -> list[list[str]]:
+def _batches(reader: Reader, texts: list[str], side: Side, batch_tokens: int, extra: dict[str, Any]) -> list[list[str]]:
     """The texts, longest first, as many to a batch as the token budget takes."""
-    ids, _ = reader.text_ids(texts, side)
-    overhead, batches, size = _overhead(reader, "", side, vectors), [], 0
+    ids = reader.cut_ids(texts, side)
+    overhead, batches, size = _overhead(reader, "", side, **extra), [], 0
     for i in sorted(range(len(texts)), key=lambda i: -len(ids[i])):
         if not batches or len(batches[-1]) >= size:
             size = max(1, batch_tokens // (len(ids[i]) + overhead))
@@ -213,26 +259,45 @@ class DiffRetriever(Retriever):
     """K masked positions of a diffusion LM, read after one forward pass (arXiv 2605.07210).
 
     ``k_query`` and ``k_passage`` are the numbers of masks (Kq, Kp), 1 by default.  ``shifted`` reads token i at
-    position i - 1 (True) or at i; by default what the backbone's family does.
+    position i - 1 (True) or at i; by default what the backbone's family does.  ``content_from``: the sparse side's
+    words are those of the "whole text" (default), or of the "read text".  ``shared_text``, not in the paper, reads a
+    text without a look at its masks, and so any number of K in one pass (:meth:`encode_counts`).
     """
 
     name = "DiffRetriever"
     family = "diffusion"
     reader_class = MaskedPositions
 
-    def _reader_options(self, k_query: int = 1, k_passage: int = 1, shifted: bool | None = None) -> dict[str, Any]:
-        shift = self.backbone.spec.prediction_shift if shifted is None else bool(shifted)
-        counts = {"k_query": k_query, "k_passage": k_passage}
-        return counts | {"mask_id": self.backbone.mask_id, "prediction_shift": shift}
+    def _reader_options(self, shifted: bool | None = None, **options: Any) -> dict[str, Any]:
+        shift = self.backbone.spec.prediction_shift if shifted is None else one_of("shifted", shifted, (True, False))
+        return options | {"mask_id": self.backbone.mask_id, "prediction_shift": shift}
 
     def vectors(self, side: Side) -> int:
         return self.reader.mask_count(side)
+
+    def encode_counts(
+        self, texts: Sequence[str], side: Side, counts: Sequence[int], cached: bool = False, progress: bool = True
+    ) -> dict[int, Representations]:
+        """Representations of texts by K, for all K of ``counts`` from one pass: each is that of :meth:`encode`.
+
+        ValueError: ``shared_text`` is off, or counts are none, double, no whole numbers, or too large for the backbone.
+        """
+        if not self.reader.shared_text:
+            raise ValueError(f"{self.name} reads several K in one pass with shared_text=True only")
+        texts, several = _checked(texts, side), isinstance(counts, Iterable) and not isinstance(counts, str)
+        numbers = sorted(whole_number("counts", k) for k in counts) if several else []
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise ValueError(f"counts must be a list of different numbers of masks, not {counts!r}")
+        widest = self.on(**{f"k_{side}": numbers[-1]})  # refuses what is too long
+        return widest._encode(texts, side, numbers, cached, progress)
 
 
 class PromptReps(Retriever):
     """The same prompt on an autoregressive LM (arXiv 2404.18424).
 
-    ``max_new_tokens`` N decodes up to N tokens, a vector each besides the first; 0, the default, for a single vector.
+    ``max_vectors`` N is the most vectors of a text, that of the prompt and N - 1 decoded ones; 1, the default, is
+    single.  ``stop`` ends the answer at "quote" (the token that is a quote alone, by default), at "any quote" (a token
+    that holds one) or "never".  ``content_from`` is as for :class:`DiffRetriever`.
     """
 
     name = "PromptReps"
@@ -240,7 +305,7 @@ class PromptReps(Retriever):
     reader_class = NextTokens
 
     def vectors(self, side: Side) -> int:
-        return 1 + self.reader.max_new_tokens
+        return self.reader.max_vectors
 
 
 class DiffEmbed(Retriever):
@@ -271,7 +336,7 @@ class RepLLaMA(Retriever):
 
 
 class BM25(System):
-    """Lexical baseline from :mod:`bm25s` (Lucene's variant), English stemming and stop words, whole passages.
+    """Lexical baseline from :mod:`bm25s` (Lucene's variant, k1 0.9, b 0.4), English stems, stop words, whole texts.
 
     A passage is the row of its BM25 term scores, a query its term counts; their product is the BM25 score.  Passages
     must be encoded first (RuntimeError): V is the number of their terms.  Nothing is kept in the cache.
@@ -287,8 +352,7 @@ class BM25(System):
 
     def encode(self, texts: Sequence[str], side: Side, **options: bool) -> Representations:
         """Term scores or counts of texts; ``options`` of :meth:`Retriever.encode` change nothing."""
-        _check_texts(texts, side)
-        terms = _terms(texts)
+        terms = _terms(_checked(texts, side))
         if side == "passage":
             self._vocabulary = {t: i for i, t in enumerate(sorted({t for row in terms for t in row}))}
             matrix = _term_scores(terms, self._vocabulary)
@@ -308,7 +372,7 @@ def _terms(texts: Sequence[str]) -> list[list[str]]:
 def _term_scores(terms: list[list[str]], vocabulary: dict[str, int]) -> sp.csr_matrix:
     if not vocabulary:
         return sp.csr_matrix((len(terms), 1), dtype=np.float32)
-    index = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
+    index = bm25s.BM25(k1=K1, b=B, method="lucene")
     ids = [[vocabulary[t] for t in row] for row in terms]
     index.index((ids, dict(vocabulary)), create_empty_token=False, show_progress=False)
     scores = tuple(index.scores[name] for name in ("data", "indices", "indptr"))

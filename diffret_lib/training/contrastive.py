@@ -1,4 +1,4 @@
-"""Contrastive fine-tuning of the compared systems: the same data, negatives, steps and seed for all.
+"""Contrastive fine-tuning of the compared systems: the same data, negatives, steps and seeds for all.
 
 The loop is sentence-transformers' ``MultiVectorEncoderTrainer``, the adapter peft's LoRA, the loss
 :class:`~diffret_lib.training.losses.JointInfoNCE`.
@@ -12,7 +12,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from pydantic import Field
-from sentence_transformers import MultiVectorEncoder, MultiVectorEncoderTrainer, MultiVectorEncoderTrainingArguments
+from sentence_transformers import MultiVectorEncoderTrainer, MultiVectorEncoderTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch.nn.utils.rnn import pad_sequence
@@ -33,49 +32,65 @@ from diffret_lib.addresses import address, fingerprint
 from diffret_lib.cache import atomic_path, fetch, work_folder, write_text
 from diffret_lib.config import Profile, Training, slug
 from diffret_lib.data.collection import Collection
+from diffret_lib.models.backbones import BackboneError
 from diffret_lib.models.prompts import SIDES
 from diffret_lib.retrieval.metrics import METRIC, per_query
-from diffret_lib.retrieval.search import rank, to_results
+from diffret_lib.retrieval.search import MODES, rank, to_results
 from diffret_lib.retrieval.systems import Retriever
 from diffret_lib.training.lora import (
-    AdapterCheckpoints, Checkpoints, Progress, add_lora, export_adapter, read_state, train_to_end,
+    AdapterCheckpoints,
+    Checkpoints,
+    Progress,
+    add_lora,
+    export_adapter,
+    read_state,
+    train_to_end,
 )  # fmt: skip
-from diffret_lib.training.losses import FalseNegatives, JointInfoNCE
+from diffret_lib.training.losses import Columns, FalseNegatives, JointInfoNCE
 
 #: Seconds between checkpoints, besides those at every measurement.
 CHECKPOINT_SECONDS = 300
+#: How many mini-batches of a CPU are one on CUDA.
+CUDA_MINI_BATCHES = 16
 
 
 class Recipe(Training):
-    """Settings of a training: of LoRA, and ``temperature`` of the dense scores.
+    """Settings of one training run of one system.
 
-    The learning rate falls linearly to 0 and does not rise first: an adapter starts as no change at all.
+    The learning rate rises over ``warmup_ratio`` of the steps and falls along a cosine to 0.  ``rank``, ``alpha`` and
+    ``dropout`` are LoRA's; ``max_grad_norm`` is the length to which a step's gradient is cut.
     """
 
-    rank: int = Field(default=16, ge=1)
-    alpha: int = Field(default=64, ge=1)
-    dropout: float = Field(default=0.0, ge=0)
-    temperature: float = Field(default=0.01, gt=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    seed: int = 0
+    learning_rate: float
+    seed: int
+    rank: int = 16
+    alpha: int = 64
+    max_grad_norm: float = 1.0
+
+
+#: Settings that say which runs there are, not what one of them does; the data are known by their content.
+_NOT_OF_A_RUN = {
+    "collections", "negatives", "development", "learning_rates", "selection_steps", "seeds", "temperatures", "adapters",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """The data that all systems are trained on.
 
-    ``negatives`` has the columns query_id, passage_id, source, ``rows`` query, positive, negative_1, ..., negative_n.
+    ``negatives`` has the columns collection, query_id, passage_id, source, ``rows`` query, positive, negative_1, ...,
+    negative_n.
     """
 
-    collection: Collection
+    collections: list[Collection]
     negatives: pd.DataFrame
     rows: Dataset
     false_negatives: FalseNegatives
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over collection and negatives."""
-        return fingerprint(self.collection.fingerprint, self.negatives.to_dict("list"))
+        """SHA-256 over collections and negatives."""
+        return fingerprint([c.fingerprint for c in self.collections], self.negatives.to_dict("list"))
 
 
 @dataclass(frozen=True)
@@ -83,80 +98,124 @@ class FinetunedSystem:
     """A trained adapter (a PEFT folder) and how it came about.
 
     ``curve`` has a record for each step: step, seconds (measurements included), loss, dense_loss, sparse_loss,
-    learning_rate and grad_norm, and dev_ndcg where it was measured (at step 0 alone).  ``kept`` is true for the step
-    of the adapter's weights: the best measured one after step 0, even where step 0 is better.
+    learning_rate and grad_norm, and where it was measured (at step 0 alone) nDCG@10 on the development collection:
+    dev_dense, dev_sparse, dev_hybrid, and dev_ndcg, the one of the mode that the system is evaluated in.  ``kept`` is
+    true for the step of the adapter's weights: the best measured one after step 0, even where step 0 is better.
+    ``selection`` has a record for each learning rate tried: learning_rate, steps, dev_ndcg.
     """
 
     system: str
     adapter: Path
     curve: list[dict[str, Any]]
-    trainable_parameters: int
+    about: dict[str, Any] = field(repr=False)
+    repetition: int = 0
+    selection: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def load(cls, folder: Path) -> FinetunedSystem:
-        """Read an entry that :func:`finetune` made."""
+    def load(cls, folder: Path, adapter: str = "adapter") -> FinetunedSystem:
+        """Read an entry that :func:`finetune` made (or, with ``adapter`` ``"."``, a published one)."""
         about = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
         curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
-        return cls(about["system"], folder / "adapter", curve, about["trainable_parameters"])
+        more = {name: about[name] for name in ("repetition", "selection") if name in about}
+        return cls(about["system"], folder / adapter, curve, about, **more)
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """The record of the step of the adapter's weights."""
+        return next(record for record in self.curve if record.get("kept"))
 
 
-def recipe_of(profile: Profile) -> Recipe:
-    """The recipe of a profile."""
-    return Recipe(**profile.training.model_dump(), seed=profile.seed)
+def training_data(parts: Sequence[tuple[Collection, pd.DataFrame]]) -> TrainingData:
+    """A row for each query and passage relevant to it, with the query's hard negatives; equal texts are the same.
 
-
-def training_data(collection: Collection, negatives: pd.DataFrame) -> TrainingData:
-    """A row for each query and passage relevant to it, with the query's hard negatives; equal texts are the same."""
-    texts = dict(zip(collection.passage_ids, collection.passages, strict=True))
-    mined = negatives.groupby("query_id")["passage_id"].agg(list)
+    ``parts`` are collections with their mined negatives, the same number for each query.
+    """
     rows, relevant = [], defaultdict(set)
-    for query_id, query in zip(collection.query_ids, collection.queries, strict=True):
-        positives = [texts[p] for p in collection.relevant(query_id)]
-        others = {f"negative_{i}": texts[p] for i, p in enumerate(mined[query_id], 1)}
-        rows += [{"query": query, "positive": text, **others} for text in positives]
-        relevant[query].update(positives)
-    codes = {text: code for code, text in enumerate(dict.fromkeys(texts.values()))}
+    codes: dict[str, int] = {}
+    for collection, negatives in parts:
+        texts = dict(zip(collection.passage_ids, collection.passages, strict=True))
+        mined = negatives.groupby("query_id")["passage_id"].agg(list)
+        for query_id, query in zip(collection.query_ids, collection.queries, strict=True):
+            positives = [texts[p] for p in collection.relevant(query_id)]
+            others = {f"negative_{i}": texts[p] for i, p in enumerate(mined.get(query_id, ()), 1)}
+            rows += [{"query": query, "positive": text, **others} for text in positives]
+            relevant[query].update(positives)
+        for text in texts.values():
+            codes.setdefault(text, len(codes))
     passages = torch.tensor([[codes[text] for name, text in row.items() if name != "query"] for row in rows])
     known = [torch.tensor(sorted(codes[text] for text in relevant[row["query"]])) for row in rows]
     known = pad_sequence(known, batch_first=True, padding_value=-1)
-    return TrainingData(collection, negatives, Dataset.from_list(rows), FalseNegatives(passages, known))
+    negatives = pd.concat([frame.assign(collection=c.name) for c, frame in parts], ignore_index=True)
+    return TrainingData([c for c, _ in parts], negatives, Dataset.from_list(rows), FalseNegatives(passages, known))
+
+
+def recipe_of(profile: Profile, system: str, learning_rate: float, repetition: int = 0) -> Recipe:
+    """The recipe of a system (``"DiffRetriever multi"``) in a profile; a repetition has a seed of its own."""
+    settings = profile.training.model_dump()
+    settings["temperature"] = settings["temperatures"].get(system.split()[0], settings["temperature"])
+    return Recipe(**settings, learning_rate=learning_rate, seed=profile.seed + repetition)
+
+
+def finetune_selected(
+    system: str, retriever: Retriever, data: TrainingData, profile: Profile, development: Collection,
+    repetition: int = 0, callbacks: Sequence[TrainerCallback] = (),
+) -> FinetunedSystem:  # fmt: skip
+    """Train a system with the learning rate out of the profile's that is best on the development collection.
+
+    The rates are tried with the seed of repetition 0, in ``selection_steps`` steps each (by default in all); of equal
+    ones the first is taken.  Every run is an entry of the cache, so an interrupted selection goes on.
+    """
+    training = profile.training
+    rates, steps = training.learning_rates, training.selection_steps or training.steps
+    selection = []
+    for rate in rates if len(rates) > 1 else ():
+        recipe = recipe_of(profile, system, rate).model_copy(update={"steps": steps})
+        tried = finetune(system, retriever, data, recipe, development, callbacks=callbacks)
+        selection.append({"learning_rate": rate, "steps": steps, "dev_ndcg": tried.kept["dev_ndcg"]})
+    best = max(selection, key=lambda tried: tried["dev_ndcg"])["learning_rate"] if selection else rates[0]
+    recipe = recipe_of(profile, system, best, repetition)
+    trained = finetune(system, retriever, data, recipe, development, callbacks=callbacks)
+    return replace(trained, repetition=repetition, selection=selection)
 
 
 def finetune(
-    name: str, retriever: Retriever, data: TrainingData, recipe: Recipe, development: Collection, *,
-    training_limits: Mapping[str, int], callbacks: Sequence[TrainerCallback] = (),
+    system: str, retriever: Retriever, data: TrainingData, recipe: Recipe, development: Collection, *,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> FinetunedSystem:  # fmt: skip
     """Train a system, go on where an earlier call was interrupted, or give what there is already.
 
-    ``retriever`` is the zero-shot system at the limits of the evaluation, and stays as it is; ``training_limits`` are
-    its options that are others in training; on ``development`` nDCG@10 is measured on the way.
+    ``retriever`` is the zero-shot system at the limits of the evaluation, and stays as it is; on ``development``
+    nDCG@10 is measured on the way.  A backbone in bfloat16 is trained under autocast; LoRA's weights are float32.
     """
     backbone, settings = retriever.backbone, retriever.reader.get_config_dict()
+    limits, names = {"max_passage_tokens": recipe.max_passage_tokens}, [_name(c) for c in data.collections]
     about = {
-        "system": name,
-        "backbone": {"name": backbone.spec.name, "fingerprint": backbone.fingerprint},
-        "counts": {n: settings[n] for n in ("k_query", "k_passage", "max_new_tokens") if n in settings},
-        "limits": {"training": settings | training_limits, "development": settings},
-        "recipe": recipe.model_dump(mode="json"),
-        "data": data.fingerprint,
-        "development": development.fingerprint,
+        "system": system,
+        "backbone": {"name": backbone.spec.name, "fingerprint": backbone.fingerprint, "dtype": str(backbone.dtype)},
+        "vectors": [retriever.vectors(side) for side in SIDES],
+        "limits": {"training": settings | limits, "development": settings},
+        "recipe": recipe.model_dump(mode="json", exclude=_NOT_OF_A_RUN),
+        "data": {"fingerprint": data.fingerprint, "rows": len(data.rows), "collections": names},
+        "development": {"fingerprint": development.fingerprint, "collection": _name(development)},
     }
     code = [finetune, type(retriever), type(retriever.reader)]
     key = address(code, about, [retriever.fingerprint(side) for side in SIDES])
 
     def make(folder: Path) -> None:
-        lora = {"rank": recipe.rank, "alpha": recipe.alpha, "lora_dropout": recipe.dropout}
-        model = add_lora(backbone, seed=recipe.seed, dtype=torch.float32, **lora)
-        trained = replace(backbone, model=model)
-        encoder = retriever.on(trained, **training_limits).multi_vector_encoder()
+        model = add_lora(backbone, rank=recipe.rank, alpha=recipe.alpha, seed=recipe.seed, lora_dropout=recipe.dropout)
+        trained, cuda = replace(backbone, model=model), backbone.device.type == "cuda"
+        encoder = retriever.on(trained, **limits).multi_vector_encoder()
         rows = data.rows.add_column("label", list(range(len(data.rows))))
         loss = JointInfoNCE(
-            encoder, temperature=recipe.temperature, mini_batch_size=recipe.mini_batch,
-            false_negatives=data.false_negatives,
+            encoder, temperature=recipe.temperature, sparse_temperature=recipe.sparse_temperature,
+            sparse_weight=recipe.sparse_weight, bfloat16=backbone.dtype == torch.bfloat16,
+            mini_batch_size=recipe.mini_batch * (CUDA_MINI_BATCHES if cuda else 1),
+            false_negatives=data.false_negatives if recipe.mask_false_negatives else None,
         )  # fmt: skip
-        progress = Progress(name, {"loss": "loss", f"eval_{METRIC}": "dev"})
+        progress = Progress(system, {"loss": "loss", "eval_ndcg": "dev"})
         trainer = AdapterTrainer(
-            encoder, _arguments(recipe, work_folder("adapters", key), backbone.device.type == "cpu"), loss=loss,
+            encoder, _arguments(recipe, work_folder("adapters", key), cuda), loss=loss,
+            data_collator=Columns(encoder[0]),
             train_dataset=rows.select(step_order(len(rows), recipe.steps * recipe.batch_size, recipe.seed)),
             evaluator=Measurement(retriever.on(trained), development),
             callbacks=[EarlyStoppingCallback(recipe.patience), Checkpoints(CHECKPOINT_SECONDS), progress, *callbacks],
@@ -165,21 +224,23 @@ def finetune(
         adapter, state = train_to_end(trainer)
         shutil.copytree(adapter, folder / "adapter")
         curve = _curve(state.log_history, state.best_global_step)
-        write_text(folder / "curve.jsonl", "".join(json.dumps(record) + "\n" for record in curve))
+        write_text(folder / "curve.jsonl", _lines(curve))
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         write_text(folder / "recipe.json", json.dumps(about | {"trainable_parameters": trainable}, indent=1) + "\n")
 
     return FinetunedSystem.load(fetch("adapters", key, make))
 
 
-def _arguments(recipe: Recipe, work: Path, use_cpu: bool) -> MultiVectorEncoderTrainingArguments:
+def _arguments(recipe: Recipe, work: Path, cuda: bool) -> MultiVectorEncoderTrainingArguments:
     return MultiVectorEncoderTrainingArguments(
-        output_dir=str(work), report_to="none", disable_tqdm=True, dataloader_pin_memory=False, seed=recipe.seed,
-        use_cpu=use_cpu, max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate, lr_scheduler_type="linear", optim="adamw_torch", weight_decay=0.0,
-        max_grad_norm=recipe.max_grad_norm, logging_steps=1, logging_nan_inf_filter=False,
+        output_dir=str(work), report_to="none", disable_tqdm=True, seed=recipe.seed, use_cpu=not cuda,
+        dataloader_pin_memory=cuda, dataloader_num_workers=2 if cuda else 0,  # texts are tokenised while a step runs
+        max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size, optim="adamw_torch",
+        learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", weight_decay=recipe.weight_decay,
+        warmup_steps=math.ceil(recipe.warmup_ratio * recipe.steps), max_grad_norm=recipe.max_grad_norm,
+        logging_steps=1, logging_nan_inf_filter=False,
         eval_strategy="steps", eval_steps=recipe.evaluate_every, load_best_model_at_end=True,
-        metric_for_best_model=METRIC, greater_is_better=True,
+        metric_for_best_model="ndcg", greater_is_better=True,
         save_strategy="steps", save_steps=recipe.evaluate_every, restore_callback_states_from_checkpoint=True,
         save_total_limit=3,  # the best, the last, and the one before, which is whole while the last is written
     )  # fmt: skip
@@ -192,20 +253,26 @@ def step_order(rows: int, count: int, seed: int) -> list[int]:
 
 
 class Measurement(BaseEvaluator):
-    """nDCG@10 on the development collection, as the study measures it; hybrid where there is a sparse side."""
+    """nDCG@10 on the development collection in each mode of a system; the last (hybrid where there is one) decides."""
 
     def __init__(self, retriever: Retriever, collection: Collection) -> None:
         super().__init__()
-        self.retriever, self.collection, self.primary_metric = retriever, collection, METRIC
+        self.retriever, self.collection, self.primary_metric = retriever, collection, "ndcg"
 
-    def __call__(self, model: Any, output_path: Any = None, epoch: int = -1, steps: int = -1) -> dict[str, float]:
+    def __call__(self, *asked: Any, **more: Any) -> dict[str, float]:
+        """Names of modes, and "ndcg", the one that decides, to nDCG@10; arguments, as the trainer gives, do nothing."""
         retriever, collection = self.retriever, self.collection
         retriever.reader.eval()  # forgets what it has kept of other weights
-        queries = retriever.encode_queries(collection.queries, progress=False)
-        passages = retriever.encode_passages(collection.passages, progress=False)
-        ranked = rank(queries, passages, "hybrid" if "hybrid" in retriever.modes else "dense")
-        run = to_results(*ranked, collection.query_ids, collection.passage_ids)
-        return {METRIC: float(per_query(collection.qrels, run, (METRIC,))[METRIC].mean())}
+        bfloat16 = retriever.backbone.dtype == torch.bfloat16
+        with torch.autocast(retriever.backbone.device.type, torch.bfloat16, enabled=bfloat16):
+            queries = retriever.encode_queries(collection.queries, progress=False)
+            passages = retriever.encode_passages(collection.passages, progress=False)
+        values = {}
+        for mode in retriever.modes:
+            ranked = rank(queries, passages, mode, excluded=collection.excluded)
+            run = to_results(*ranked, collection.query_ids, collection.passage_ids)
+            values[mode] = float(per_query(collection.qrels, run, (METRIC,))[METRIC].mean())
+        return values | {"ndcg": values[retriever.modes[-1]]}
 
 
 class AdapterTrainer(AdapterCheckpoints, MultiVectorEncoderTrainer):
@@ -237,15 +304,22 @@ class AdapterTrainer(AdapterCheckpoints, MultiVectorEncoderTrainer):
 
 def _curve(history: Sequence[Mapping[str, Any]], kept: int) -> list[dict[str, Any]]:
     """One record a step out of the trainer's history."""
-    same = ("loss", "dense_loss", "sparse_loss", "learning_rate", "grad_norm", "seconds")
-    names = {f"eval_{METRIC}": "dev_ndcg", **dict(zip(same, same, strict=True))}
+    wanted = {"loss", "dense_loss", "sparse_loss", "learning_rate", "grad_norm", "seconds"}
+    wanted |= {f"eval_{name}" for name in ("ndcg", *MODES)}
     curve: dict[int, dict[str, Any]] = {}
     for entry in history:
-        if "loss" in entry or f"eval_{METRIC}" in entry:
-            record = curve.setdefault(entry["step"], {"step": entry["step"]})
-            record.update({new: entry[old] for old, new in names.items() if old in entry})
+        record = curve.setdefault(entry["step"], {"step": entry["step"]})
+        record.update({name.replace("eval_", "dev_"): entry[name] for name in entry.keys() & wanted})
     curve[kept]["kept"] = True
-    return list(curve.values())
+    return [dict(sorted(record.items())) for record in curve.values()]
+
+
+def _name(collection: Collection) -> str:
+    return f"{collection.name} ({collection.coverage})"
+
+
+def _lines(curve: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in curve)
 
 
 _CARD = """---
@@ -255,45 +329,79 @@ tags: [lora, information-retrieval]
 ---
 # {system}, fine-tuned
 
-A LoRA adapter on `{backbone}` of diffret, rounded to bfloat16. `recipe.json` has its recipe and data, `curve.jsonl`
-the losses and nDCG@10 on the development collection.
+This LoRA adapter belongs to the backbone `{backbone}` of diffret. Its weights are rounded to bfloat16.
+
+It was trained on {collections}, with the learning rate {rate:g} and the seed {seed}. On {development}, nDCG@10 was
+{before:.3f} before the training and {after:.3f} at step {step}, whose weights these are. That collection also chose
+the step, so the second number is a little too high.
+
+`recipe.json` has every setting, `curve.jsonl` the losses and the measurements.
 
 ```python
-retriever = {reader}("{backbone}"{counts}).with_adapter("path/of/this/folder")
+retriever = {reader}("{backbone}"{options}).with_adapter("path/of/this/folder")
 ```
 """
 
 
+def _published(parent: Path, system: str, repetition: int) -> Path:
+    return parent / (slug(system) + (f"-seed-{repetition}" if repetition else ""))
+
+
 def publish_adapter(trained: FinetunedSystem, parent: Path) -> Path:
-    """Write a trained adapter to ``parent/<system>``: weights in bfloat16, half the size, curve, recipe and a card."""
-    folder, entry = parent / slug(trained.system), trained.adapter.parent
-    about = json.loads((entry / "recipe.json").read_text(encoding="utf-8"))
+    """Write a trained adapter to ``parent/<system>`` (``<system>-seed-<repetition>`` but for the first).
+
+    Its weights are in bfloat16, half the size; curve, recipe and a card are beside them.
+    """
+    folder, about = _published(parent, trained.system, trained.repetition), trained.about
+    settings, recipe = about["limits"]["development"], about["recipe"]
+    options = [f", {name}={settings[name]}" for name in ("k_query", "k_passage", "max_vectors") if name in settings]
+    card = _CARD.format(
+        system=trained.system, reader=trained.system.split()[0], backbone=about["backbone"]["name"],
+        options="".join(options), collections=" and ".join(about["data"]["collections"]), seed=recipe["seed"],
+        rate=recipe["learning_rate"], development=about["development"]["collection"], step=trained.kept["step"],
+        before=trained.curve[0]["dev_ndcg"], after=trained.kept["dev_ndcg"],
+    )  # fmt: skip
+    about = about | {"repetition": trained.repetition, "selection": trained.selection}
     with atomic_path(folder) as temporary:
         export_adapter(trained.adapter, temporary)
-        for file in ("curve.jsonl", "recipe.json"):
-            shutil.copyfile(entry / file, temporary / file)
-        counts = "".join(f", {name}={count}" for name, count in about["counts"].items())
-        reader, backbone = trained.system.split()[0], about["backbone"]["name"]
-        card = _CARD.format(system=trained.system, backbone=backbone, reader=reader, counts=counts)
+        write_text(temporary / "curve.jsonl", _lines(trained.curve))
+        write_text(temporary / "recipe.json", json.dumps(about, indent=1) + "\n")
         write_text(temporary / "README.md", card)
     return folder
 
 
-def learning_curves(results: Sequence[FinetunedSystem]) -> pd.DataFrame:
-    """Columns system, step, loss, dev_ndcg, seconds; nan where a step has no measurement (or, step 0, no loss)."""
-    frames = [pd.DataFrame(result.curve).assign(system=result.system) for result in results]
-    return pd.concat(frames, ignore_index=True).reindex(columns=["system", "step", "loss", "dev_ndcg", "seconds"])
+def load_published(parent: Path, system: str, retriever: Retriever, repetition: int = 0) -> FinetunedSystem:
+    """Read an adapter that :func:`publish_adapter` wrote, for the zero-shot system ``retriever``.
+
+    FileNotFoundError: there is none.  BackboneError: it is for another backbone, or other numbers of vectors, or its
+    weights are not whole.
+    """
+    folder = _published(parent, system, repetition)
+    if not (folder / "recipe.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter of {system}; scripts/finetune.py writes it there")
+    trained = FinetunedSystem.load(folder, ".")
+    has, wanted = trained.about["vectors"], [retriever.vectors(side) for side in SIDES]
+    if has != wanted:
+        raise BackboneError(f"{folder} was trained with {has} vectors (query, passage), and {wanted} are asked for")
+    retriever.with_adapter(folder)
+    return trained
 
 
-def training_summary(results: Sequence[FinetunedSystem]) -> pd.DataFrame:
-    """Columns system, trainable_parameters, steps, best_step, seconds, dev_before, dev_best."""
+def training_summary(results: Sequence[FinetunedSystem], mean_pooled: Mapping[str, float]) -> pd.DataFrame:
+    """A row for each training; ``mean_pooled`` has nDCG@10 of a system's mean-pooled form, where there is one.
+
+    Columns system, repetition, learning_rate, trainable_parameters, steps, best_step, seconds, dev_zero_shot,
+    dev_mean_pooled, dev_best (nDCG@10 on the development collection), undertrained (one of these two is as good).
+    """
     rows = []
     for result in results:
-        first, last = result.curve[0], result.curve[-1]
-        kept = next(record for record in result.curve if record.get("kept"))
-        rows.append((
-            result.system, result.trainable_parameters, last["step"], kept["step"], last["seconds"],
-            first["dev_ndcg"], kept["dev_ndcg"],
-        ))  # fmt: skip
-    columns = ["system", "trainable_parameters", "steps", "best_step", "seconds", "dev_before", "dev_best"]
-    return pd.DataFrame(rows, columns=columns)
+        first, last, kept = result.curve[0], result.curve[-1], result.kept
+        floors = {"dev_zero_shot": first["dev_ndcg"], "dev_mean_pooled": mean_pooled.get(result.system, math.nan)}
+        rows.append({
+            "system": result.system, "repetition": result.repetition,
+            "learning_rate": result.about["recipe"]["learning_rate"],
+            "trainable_parameters": result.about["trainable_parameters"], "steps": last["step"],
+            "best_step": kept["step"], "seconds": last["seconds"], **floors, "dev_best": kept["dev_ndcg"],
+            "undertrained": any(floor >= kept["dev_ndcg"] for floor in floors.values()),
+        })  # fmt: skip
+    return pd.DataFrame(rows)

@@ -54,7 +54,18 @@ def save_adapter(model: PeftModel, folder: Path, base: str) -> None:
     attention = "causal" if getattr(model.config, "is_causal", True) else "bidirectional"
     metadata = {"base": base, "base_name": settings["base_model_name_or_path"], "attention": attention}
     weights = {name: weight.contiguous() for name, weight in weights.items()}
-    save_file(weights, folder / ADAPTER_WEIGHTS, {"format": "pt", **metadata})
+    _save(weights, folder / ADAPTER_WEIGHTS, {"format": "pt", **metadata})
+
+
+def _save(weights: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with its metadata in order; the library's own order is one of chance."""
+    save_file(weights, path, metadata)
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":")).encode().ljust(size))
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
@@ -67,7 +78,7 @@ def export_adapter(source: Path, target: Path) -> int:
     target.mkdir(parents=True, exist_ok=True)
     with safe_open(source / ADAPTER_WEIGHTS, framework="pt") as file:
         halves = {name: file.get_tensor(name).bfloat16() for name in file.keys()}  # noqa: SIM118
-        save_file(halves, target / ADAPTER_WEIGHTS, file.metadata())
+        _save(halves, target / ADAPTER_WEIGHTS, file.metadata())
     shutil.copyfile(source / ADAPTER_CONFIG, target / ADAPTER_CONFIG)
     return (target / ADAPTER_WEIGHTS).stat().st_size
 

@@ -29,6 +29,8 @@ from diffret_lib.training.lora import AdapterCheckpoints, Checkpoints, Progress,
 
 #: Tokens in the target distribution of a masked position.
 TARGETS = 33
+#: Tokens of a text that the parent reads to answer.
+ANSWERED_TOKENS = 192
 #: Numbers of tokens of which one is drawn for an answer.
 MASK_COUNTS = (1, 2, 4, 8, 16)
 
@@ -38,21 +40,23 @@ class Recipe:
     """Settings of one stage of the adaptation.
 
     ``tokens`` counts the tokens of all sequences of the stage, each taken as ``sequence_length``; a step takes
-    ``batch_size`` sequences.  The learning rate warms up and falls along a cosine to ``final_learning_rate``,
-    which it reaches after ``schedule_tokens`` (by default at the end).  With ``answered_passages`` every second
-    sequence is a retrieval prompt that the parent answered, for that many passages and a quarter as many queries.
+    ``batch_size`` sequences.  The learning rate warms up and falls along a cosine to ``final_learning_rate``, which it
+    reaches after ``schedule_tokens`` (by default at the end).  A stage that ``continues`` trains the adapter of the
+    stage before, another a new one on top.  With ``answered_passages`` every second sequence is a retrieval prompt that
+    the parent answered, for that many passages and a quarter as many queries.
     """
 
-    stage: str = "documentation"
-    tokens: int = 563_200
+    stage: str
+    tokens: int
     schedule_tokens: int | None = None
+    continues: bool = False
     sequence_length: int = 256
-    batch_size: int = 4
+    batch_size: int = 64
     rank: int = 16
     alpha: int = 32
     learning_rate: float = 1e-3
-    final_learning_rate: float = 2e-4
-    warmup_steps: int = 30
+    final_learning_rate: float = 5e-5
+    warmup_steps: int = 100
     seed: int = 0
     answered_passages: int = 0
 
@@ -67,23 +71,24 @@ class Recipe:
         return max(1, self.tokens // self.step_tokens)
 
     @property
-    def documentation_rows(self) -> int:
-        """Sequences of documentation that the stage takes."""
+    def text_rows(self) -> int:
+        """Sequences of plain text that the stage takes."""
         return self.steps * self.batch_size // (2 if self.answered_passages else 1)
 
 
 def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, *, limit: int) -> np.ndarray:
     """Concatenate tokenised texts, end-of-text between them, and cut into at most ``limit`` rows; int64 [n, length]."""
     separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    stream: list[int] = []
+    parts, size = [np.empty(0, np.int64)], 0
     for start in range(0, len(texts), 256):
         block = list(texts[start : start + 256])
         for ids in tokenizer(block, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
-            stream += [separator, *ids]
-        if len(stream) >= limit * length:
+            parts.append(np.array([separator, *ids], np.int64))
+            size += len(parts[-1])
+        if size >= limit * length:
             break
-    rows = min(limit, len(stream) // length)
-    return np.asarray(stream[: rows * length], dtype=np.int64).reshape(rows, length)
+    rows = min(limit, size // length)
+    return np.concatenate(parts)[: rows * length].reshape(rows, length)
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def content_token_mask(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 def parent_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, side: Side, few_words: bool
 ) -> list[Answer]:
-    """Let the autoregressive parent answer the retrieval prompt for each text (its first 96 tokens).
+    """Let the autoregressive parent answer the retrieval prompt for each text (its first ``ANSWERED_TOKENS``).
 
     It decodes greedily, at most 20 tokens, or 6 for one word.  Of its answer up to the closing quote the content
     words are kept, once each; answers without any are dropped.  A second pass reads the parent's distribution at
@@ -127,9 +132,10 @@ def parent_answers(
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     answers: dict[int, Answer] = {}
     label = f"{'a few words' if few_words else 'one word'} for each {side}"
-    for start in tqdm(range(0, len(order), 24), desc=f"answers of the parent, {label}"):
-        chosen = order[start : start + 24]
-        rows = prompt.ids([texts[i] for i in chosen], 96)
+    batch_size = 256 if model.device.type == "cuda" else 24
+    for start in tqdm(range(0, len(order), batch_size), desc=f"answers of the parent, {label}"):
+        chosen = order[start : start + batch_size]
+        rows = prompt.ids([texts[i] for i in chosen], ANSWERED_TOKENS)
         batch = pad_left(rows, tokenizer.pad_token_id, model.device)
         out = model.generate(**batch, max_new_tokens=20 if few_words else 6, do_sample=False)
         kept = []
@@ -192,22 +198,24 @@ def pad_left(rows: Sequence[Any], pad_id: int, device: torch.device | str = "cpu
 
 
 class MaskedRows(Dataset):
-    """Rows of documentation and answers, masked; an item is the same on every access, also in a resumed run.
+    """The ``length`` sequences of a stage, masked; an item is the same on every access, also in a resumed run.
 
-    Places in a batch take documentation and answers in turn (documentation alone without answers).  The masking
-    ratio is stratified: row b of a batch of B has the ratio (b + u) / B, u common to the batch and uniform on
-    [0, 1).  In an answer only the answer is masked, half of the time all of it, as in retrieval; the number of its
-    tokens is drawn from ``MASK_COUNTS``.  The first token of a row is never masked: nothing comes before it.
+    Places in a batch take rows of text and answers in turn (text alone without answers), both from the start again
+    when they end, then masked otherwise.  The masking ratio is stratified: row b of a batch of B has the ratio
+    (b + u) / B, u common to the batch and uniform on [0, 1).  In an answer only the answer is masked, half of the time
+    all of it, as in retrieval; the number of its tokens is drawn from ``MASK_COUNTS``.  The first token of a row is
+    never masked: nothing comes before it.
     """
 
     def __init__(
-        self, documentation: np.ndarray, mask_id: int, *, batch_size: int, seed: int, answers: Sequence[Answer] = ()
-    ) -> None:
-        self.documentation, self.mask_id, self.answers = documentation, mask_id, answers
+        self, text: np.ndarray, mask_id: int, *, length: int, batch_size: int, seed: int,
+        answers: Sequence[Answer] = (),
+    ) -> None:  # fmt: skip
+        self.text, self.mask_id, self.answers, self.length = text, mask_id, answers, length
         self.batch_size, self.seed = batch_size, seed
 
     def __len__(self) -> int:
-        return len(self.documentation) * (2 if len(self.answers) else 1)
+        return self.length
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         batch, place = divmod(i, self.batch_size)
@@ -226,7 +234,7 @@ class MaskedRows(Dataset):
             soft = answer.soft_probs[place, : TARGETS - 1]
             probs = np.column_stack([np.full(len(place), 0.5), 0.5 * soft / soft.sum(1, keepdims=True)])
         else:
-            ids = self.documentation[i // 2 if len(self.answers) else i]
+            ids = self.text[(i // 2 if len(self.answers) else i) % len(self.text)]
             chosen = _draw(rng, ratio, np.arange(1, len(ids)))
             soft_ids, probs = np.repeat(ids[chosen, None], TARGETS, 1), np.eye(1, TARGETS).repeat(len(chosen), 0)
         masked = np.array(ids)
@@ -284,17 +292,17 @@ class DiffusionTrainer(AdapterCheckpoints, Trainer):
 class _HeldOut(TrainerCallback):
     """Adds the held-out losses to the trainer's history every so many steps (0: never)."""
 
-    def __init__(self, evaluate: Callable[[PeftModel], dict[str, float]] | None, every: int) -> None:
+    def __init__(self, evaluate: Callable[[PeftModel], dict[str, Any]] | None, every: int) -> None:
         self.evaluate, self.every = evaluate, every
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: PeftModel = None, **kwargs: Any) -> None:
         if self.every and state.global_step % self.every == 0:
-            state.log_history.append({"step": state.global_step, "held_out": self.evaluate(model)})
+            state.log_history.append({"step": state.global_step} | self.evaluate(model))
 
 
 def train(
     model: PeftModel, base: str, dataset: Dataset, recipe: Recipe, work: Path, *, pad_id: int,
-    evaluate: Callable[[PeftModel], dict[str, float]] | None = None, evaluate_every: int = 0, save_every: int = 50,
+    evaluate: Callable[[PeftModel], dict[str, Any]] | None = None, evaluate_every: int = 0, save_every: int = 50,
 ) -> tuple[Path, list[dict[str, Any]]]:  # fmt: skip
     """Run one stage; started again with the same folder ``work`` it goes on from its last whole checkpoint.
 
@@ -302,7 +310,7 @@ def train(
     interrupted training has the same curve, too: the loss is logged every 10 steps.
 
     Returns the adapter's folder in ``work``, and the curve: records with stage, step, tokens_seen, and loss, grad_norm,
-    learning_rate and epoch, or held_out.
+    learning_rate and epoch, or what ``evaluate`` returns (held_out, ...).
     """
     arguments = TrainingArguments(
         output_dir=str(work), report_to="none", disable_tqdm=True, remove_unused_columns=False, seed=recipe.seed,
@@ -310,7 +318,7 @@ def train(
         max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size, logging_steps=min(10, recipe.steps),
         learning_rate=recipe.learning_rate, warmup_steps=recipe.warmup_steps, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.final_learning_rate / recipe.learning_rate},
-        weight_decay=0.0, adam_beta2=0.99, max_grad_norm=1.0, save_steps=save_every,
+        weight_decay=0.0, adam_beta2=0.99, max_grad_norm=1.0, save_steps=save_every, dataloader_pin_memory=False,
         save_total_limit=2,  # the last, and the one before, which is whole while the last is written
     )  # fmt: skip
     trainer = DiffusionTrainer(
@@ -320,7 +328,7 @@ def train(
     trainer.base = base
     trainer.schedule_steps = max(1, (recipe.schedule_tokens or recipe.tokens) // recipe.step_tokens)
     adapter, state = train_to_end(trainer)
-    records = [record for record in state.log_history if "loss" in record or "held_out" in record]
+    records = [r for r in state.log_history if any(key == "loss" or key.startswith("held_out") for key in r)]
     seen = [{"step": record["step"], "tokens_seen": record["step"] * recipe.step_tokens} for record in records]
     return adapter, [{"stage": recipe.stage} | a | b for a, b in zip(seen, records, strict=True)]
 

@@ -38,6 +38,8 @@ def mine_hard_negatives(collection: Collection, runs: Mapping[str, Run], n: int,
     names, rows = list(runs), []
     for place, query_id in enumerate(collection.query_ids):
         taken = {texts[p] for p in collection.relevant(query_id)}
+        if not taken:
+            continue
         shift = place % max(1, len(names))
         rankings = []
         for name in names[shift:] + names[:shift]:

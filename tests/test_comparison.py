@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from diffret_lib.experiments.comparison import (
+    COMPARISONS,
+    FINE_TUNED_COMPARISONS,
+    compare_systems,
+    comparison_name,
+    evaluation_wide,
+    heat_map,
+    held_out_best,
+    paired,
+    per_query_best,
+    system_intervals,
+    transfer,
+    undertrained,
+)
+
+#: nDCG@10 of four queries under the pairs.
+VALUES = {
+    "q1": (0.5, 0.8, 0.8, 0.8),  # a tie: the fewest vectors, then the smallest Kq
+    "q2": (1.0, 1.0, 1.0, 1.0),
+    "q3": (0.2, 0.6, 0.4, 0.1),
+    "q4": (0.0, 0.2, 0.5, 0.3),
+}
+PAIRS = [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+
+def frame(values: dict[str, tuple[float, ...]], collection: str = "c") -> pd.DataFrame:
+    """A grid of :data:`PAIRS` in the hybrid mode; other modes and metrics have other values."""
+    rows = []
+    for query, row in values.items():
+        for (kq, kp), value in zip(PAIRS, row, strict=True):
+            base = {"collection": collection, "coverage": "whole", "query_id": query, "k_query": kq, "k_passage": kp}
+            rows.append({**base, "mode": "hybrid", "metric": "ndcg@10", "value": value})
+            rows.append({**base, "mode": "dense", "metric": "ndcg@10", "value": 1 - value})
+            rows.append({**base, "mode": "hybrid", "metric": "mrr@10", "value": 0.123})
+    return pd.DataFrame(rows).sample(frac=1, random_state=0)
+
+
+def by_system(values: dict[str, list[float]], collection: str, training: str = "zero-shot") -> pd.DataFrame:
+    rows = [
+        {"training": training, "system": system, "mode": "dense", "metric": "ndcg@10", "collection": collection,
+         "query_id": f"q{i}", "value": v} for system, row in values.items() for i, v in enumerate(row)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+# -- grids -----------------------------------------------------------------------------------------------------
+
+
+def test_best_pair_of_each_query():
+    best = per_query_best(frame(VALUES)).set_index("query_id")
+    pairs = best[["k_query", "k_passage"]].apply(tuple, axis=1).to_dict()
+    assert pairs == {"q1": (1, 2), "q2": (1, 1), "q3": (1, 2), "q4": (2, 1)}
+    assert best["value"].to_dict() == {"q1": 0.8, "q2": 1.0, "q3": 0.6, "q4": 0.5}
+    assert best["ties"].to_dict() == {"q1": 3, "q2": 4, "q3": 1, "q4": 1}
+
+
+def test_heat_map_averages_collections_alike():
+    cells = heat_map(pd.concat([frame(VALUES), frame({"q1": (0, 0, 0, 1)}, "d")]), "hybrid")
+    np.testing.assert_allclose(cells.to_numpy(), [[0.425 / 2, 0.325], [0.3375, 0.775]])
+    assert list(cells.index) == list(cells.columns) == [1, 2] and cells.index.name == "k_query"
+
+
+def held_out(values: np.ndarray, seed: int, keep: int | None = None) -> list[float]:
+    """:func:`held_out_best` in the plain way, for one grid [queries, pairs]: a loop over queries and pairs."""
+    halves, found = np.array_split(np.random.default_rng(seed).permutation(len(values)), 2), []
+    for query, row in enumerate(values):
+        other = halves[0] if query in halves[1] else halves[1]
+        means = [round(sum(float(values[q, i]) for q in other) / len(other), 6) for i in range(len(row))]
+        best = [i for i, mean in enumerate(means) if mean == max(means)]
+        found.append(row[keep if keep in best else best[0]])
+    return found
+
+
+def test_no_query_chooses_its_own_pair():
+    draws = np.random.default_rng(0).random((3, 9, 4)).round(1)
+    draws[..., 2] = draws[..., 0]  # equal means: the first, or the one to keep
+    for keep in (None, 2):
+        expected = [held_out(draw, 5, keep) for draw in draws]
+        np.testing.assert_allclose(held_out_best(draws, 5, keep), expected)
+        np.testing.assert_allclose(held_out_best(draws[1], 5, keep), expected[1])
+    # of two queries each has the pair that is the other's best
+    np.testing.assert_allclose(held_out_best(np.array([[0.5, 0.9], [0.6, 0.3]])), [0.5, 0.3])
+    assert np.isnan(held_out_best(draws[:, :1])).all()  # a single query
+
+
+def test_held_out_loss_is_unbiased_where_hindsight_is_not():
+    """Of equally good pairs nothing is lost by any, but the best in hindsight has luck."""
+    values = np.random.default_rng(0).normal(0.5, 0.2, (300, 20, 4))
+    hindsight = (values.mean(1).max(-1) - values[..., 3].mean(1)).mean()
+    assert hindsight > 0.03 and abs((held_out_best(values, keep=3) - values[..., 3]).mean()) < 0.01
+    # a pair that is better by 0.1 is found by either half
+    values[..., 1] += 0.1
+    assert (held_out_best(values) - values[..., 3]).mean() == pytest.approx(0.1, abs=0.03)
+
+
+def test_transfer_by_hand():
+    # means: (1, 1) 0.425, (1, 2) 0.65, (2, 1) 0.675, (2, 2) 0.55
+    row = transfer(frame(VALUES), (2, 2), resamples=200).iloc[0]
+    assert row[["collection", "coverage", "queries", "best_pair"]].tolist() == ["c", "whole", 4, "(2, 1)"]
+    found = row[["selected", "best", "loss", "single"]].astype(float)
+    np.testing.assert_allclose(found, [0.55, 0.675, 0.125, 0.425])
+    assert row["low"] <= row["held_out_loss"] <= row["high"] and row["held_out_loss"] <= row["loss"]
+
+
+# -- the estimate ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sample() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return {"b": rng.normal(0.1, 0.3, 60), "a": rng.normal(0.0, 0.2, 35), "c": rng.normal(0.05, 0.1, 20)}
+
+
+def test_estimate_against_scipy(sample):
+    found = paired(sample, 20_000, seed=0)
+    assert found["value"] == pytest.approx(np.mean([v.mean() for v in sample.values()]))
+    assert (found["queries"], found["collections"]) == (115, 3)
+
+    def macro(*parts, axis=-1):
+        return sum(part.mean(axis) for part in parts) / len(parts)
+
+    theirs = stats.bootstrap(list(sample.values()), macro, n_resamples=20_000, method="percentile", rng=3)
+    np.testing.assert_allclose([found["low"], found["high"]], theirs.confidence_interval, atol=0.002)
+    assert found["detectable"] == pytest.approx(2.8016 * theirs.standard_error, rel=0.03)
+    # the normal approximation of the randomisation test: all values are as far from 0 as they are
+    spread = np.sqrt(sum((v**2).sum() / len(v) ** 2 for v in sample.values())) / 3
+    assert found["p"] == pytest.approx(2 * stats.norm.sf(found["value"] / spread), abs=0.01)
+    assert found == paired(dict(reversed(sample.items())), 20_000, seed=0)  # the order of collections does not matter
+    assert found["low"] != paired(sample, 20_000, seed=1)["low"]
+
+
+def test_collections_are_resampled_as_well(sample):
+    """Against a loop that draws collections, and then queries of each."""
+    found, rng = paired(sample, 20_000, seed=0), np.random.default_rng(7)
+    parts, drawn = list(sample.values()), []
+    for _ in range(6000):
+        chosen = [parts[i] for i in rng.integers(0, 3, 3)]
+        drawn.append(np.mean([rng.choice(part, len(part)).mean() for part in chosen]))
+    np.testing.assert_allclose([found["low_all"], found["high_all"]], np.quantile(drawn, [0.025, 0.975]), atol=0.004)
+    assert found["high_all"] - found["low_all"] > found["high"] - found["low"]
+
+
+def test_the_detectable_difference_is_found_with_80_percent_power(sample):
+    """Simulated: a shift of that size is clear in 80 of 100 studies of as many queries."""
+    centred = {c: v - v.mean() for c, v in sample.items()}
+    shift, rng, clear = paired(centred, 100)["detectable"], np.random.default_rng(0), 0
+    for _ in range(400):
+        study = {c: shift + rng.choice(v, len(v)) for c, v in centred.items()}
+        error = np.sqrt(sum(v.var(ddof=1) / len(v) for v in study.values())) / 3
+        clear += abs(np.mean([v.mean() for v in study.values()])) > 1.96 * error
+    assert 0.74 <= clear / 400 <= 0.86
+
+
+def test_queries_that_would_decide_it(sample):
+    found, bound = paired(sample, 100), 0.2
+    for distance, needed in ((found["value"], found), (bound - found["value"], paired(sample, 100, bound=bound))):
+        # with n times the queries the detectable difference is what is there: its square falls as 1 / n
+        assert needed["needed_queries"] == np.ceil(115 * (found["detectable"] / distance) ** 2)
+    more = paired({c: np.tile(v, 9) for c, v in sample.items()}, 100)
+    assert more["detectable"] == pytest.approx(found["detectable"] / 3, rel=0.02)
+
+
+def test_what_cannot_be_had_is_nan():
+    one = paired({"a": np.array([0.5]), "b": np.array([0.1, 0.2])}, 100)
+    assert one["value"] == pytest.approx(0.325) and np.isnan([one["low"], one["high_all"], one["p"]]).all()
+    alone = paired({"a": np.array([0.1, 0.3, 0.2])}, 100)
+    assert alone["low"] <= 0.2 <= alone["high"] and np.isnan([alone["low_all"], alone["high_all"]]).all()
+    same = paired({"a": np.zeros(4), "b": np.zeros(3)}, 100)
+    assert (same["low"], same["high"], same["p"]) == (0, 0, 1) and np.isnan(same["needed_queries"])
+    with pytest.raises(ValueError, match="nothing to average over"):
+        paired({"a": np.array([])})
+
+
+# -- systems ---------------------------------------------------------------------------------------------------
+
+
+def test_compared_systems_by_hand():
+    one = by_system({"A": [0.9, 0.8, 0.7, 0.9], "B (N=2)": [0.5] * 4, "C": [0.9, 0.8, 0.7, 0.9]}, "one")
+    two = by_system({"A": [0.6] * 8, "B (N=2)": [0.5] * 8, "C": [0.6] * 8}, "two")
+    data = pd.concat([one, two, by_system({"A": [0.0], "B (N=2)": [1.0], "C": [0.0]}, "left out")])
+    pairs = [("A", "B", "dense"), ("A", "C", "dense"), ("B", "A", "dense")]
+    table = compare_systems(data.sample(frac=1, random_state=1), pairs, ["one", "two"], resamples=4999, seed=0)
+    # macro: the mean of 0.325 and 0.1
+    assert table["difference"].tolist() == pytest.approx([0.2125, 0.0, -0.2125])
+    assert table["queries"].tolist() == [12, 12, 12]
+    # all signs alike: 2 of the 2^12 flips are as extreme
+    assert table["p"].tolist() == pytest.approx([2 / 4096, 1.0, 2 / 4096], rel=0.01, abs=2e-4)
+    np.testing.assert_allclose(table["p_corrected"], multipletests(table["p"], method="holm")[1])
+    assert table["p_corrected"][0] == pytest.approx(3 * table["p"][0])
+    assert table["reading"].tolist() == ["better", "no clear difference", "worse"]
+    intervals = system_intervals(data, ["one", "two"], 500)
+    assert intervals["value"].tolist() == pytest.approx([0.7125, 0.5, 0.7125])
+    assert (intervals["low_all"] <= intervals["low"]).all()
+
+
+def test_compared_by_training_and_on_the_same_queries():
+    before = by_system({"A (N=9)": [0.5, 0.4], "B": [0.1, 0.1]}, "one")
+    data = pd.concat([before, by_system({"A (N=4)": [0.7, 0.9]}, "one", "fine-tuned")])
+    pairs = [("A, fine-tuned", "A", "dense"), ("A", "B", "dense")]
+    table = compare_systems(data, pairs, ["one"], resamples=50)
+    assert table["difference"].tolist() == pytest.approx([0.35, 0.35])
+    assert comparison_name("A (N=4)", "fine-tuned") == "A, fine-tuned"
+    with pytest.raises(ValueError, match=r"there is no B, fine-tuned \(dense\) in the table"):
+        compare_systems(data, [("B, fine-tuned", "B", "dense")], ["one"])
+    fewer = pd.concat([before, by_system({"C": [0.5]}, "one")])
+    with pytest.raises(ValueError, match=r"A and C \(dense\) were not evaluated on the same queries"):
+        compare_systems(fewer, [("A", "C", "dense")], ["one"])
+
+
+def test_undertrained_systems():
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0.2, 0.6, 30)
+    zero = {"Mean pooling": base, "DiffEmbed": base, "PromptReps multi (N=20)": base}
+    noisy = base + rng.normal(0, 0.02, 30)
+    tuned = {"RepLLaMA": base - 0.1, "DiffEmbed": noisy + 0.05, "PromptReps multi": noisy - 0.001}
+    parts = [by_system({k: list(v) for k, v in zero.items()}, c) for c in ("one", "two")]
+    parts += [by_system({k: list(v) for k, v in tuned.items()}, c, "fine-tuned") for c in ("one", "two")]
+    data = pd.concat(parts)
+    found = undertrained(data)
+    assert set(found) == {"RepLLaMA, fine-tuned", "PromptReps multi, fine-tuned"}
+    reason = "undertrained: at best -0.100 [-0.100, -0.100] nDCG@10 over Mean pooling (dense)"
+    assert found["RepLLaMA, fine-tuned"] == reason
+    # one mode in which the gain is clear is enough
+    hybrid = data[data["system"].str.startswith("PromptReps")].assign(mode="hybrid")
+    hybrid.loc[hybrid["training"] == "fine-tuned", "value"] += 0.1
+    assert set(undertrained(pd.concat([data, hybrid]))) == {"RepLLaMA, fine-tuned"}
+    assert undertrained(data[data["training"] == "zero-shot"]) == {}
+
+
+def test_macro_average_stands_first():
+    table = pd.concat([by_system({"A": [0.4], "B": [0.2]}, c).assign(value=lambda d, x=x: d["value"] + x)
+                       for c, x in (("pydocs/numpy", 0.0), ("scifact", 0.2), ("pydocs/pandas-test", 0.5))])  # fmt: skip
+    wide = evaluation_wide(table, ["pydocs/numpy", "scifact"])
+    assert list(wide) == ["training", "system", "mode", "macro", "numpy", "scifact", "pandas-test"]
+    np.testing.assert_allclose(wide["macro"], [0.5, 0.3])
+
+
+def test_comparisons_are_told_apart():
+    pairs = COMPARISONS + FINE_TUNED_COMPARISONS
+    assert len(set(pairs)) == len(pairs) and all(better != than for better, than, _ in pairs)

@@ -1,0 +1,213 @@
+"""Every figure, on small tables: what it draws, and that it can be read in a column and on a phone."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from diffret_lib.experiments.claims import CONTRADICTED, DIFFERENCE, INCONCLUSIVE, RATIO, SUPPORTED
+from diffret_lib.report import figures
+from diffret_lib.report.results import set_style
+
+COLLECTIONS = ["pydocs/scikit-learn", "beir/scifact", "pydocs/networkx"]
+SYSTEMS = [
+    "Mean pooling",
+    "DiffEmbed",
+    "PromptReps single",
+    "PromptReps multi",
+    "DiffRetriever single",
+    "DiffRetriever multi",
+]
+
+
+@pytest.fixture(autouse=True)
+def style():
+    with plt.rc_context():
+        set_style()
+        yield
+        plt.close("all")
+
+
+def legible(fig: Figure) -> None:
+    """No wider than a column, no small print, no text on another, nothing blank."""
+    assert fig.get_size_inches()[0] == figures.WIDTH
+    fig.canvas.draw()
+    texts = [t for legend in fig.legends for t in legend.get_texts()] + [fig._suptitle, fig._supxlabel, fig._supylabel]
+    for ax in (ax for ax in fig.axes if ax.axison):
+        assert ax.collections or ax.lines or ax.patches, "a blank panel"
+        texts += [ax.title, ax._left_title, ax._right_title, ax.xaxis.label, ax.yaxis.label]
+        for axis, (low, high) in ((ax.xaxis, sorted(ax.get_xlim())), (ax.yaxis, sorted(ax.get_ylim()))):
+            texts += [t.label1 for t in axis.get_major_ticks() if t.label1.get_visible() and low <= t.get_loc() <= high]
+        texts += ax.get_legend().get_texts() if ax.get_legend() else []
+    texts = [t for t in texts if t is not None and t.get_visible() and t.get_text().strip()]
+    assert min(t.get_fontsize() for t in texts) >= 7
+    boxes = [(t.get_text(), t.get_window_extent()) for t in texts if t.get_rotation() % 90 == 0]
+    for (one, a), (other, b) in combinations(boxes, 2):
+        wide, high = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert min(wide, high) < 2, f"{one!r} on {other!r}"
+
+
+def grid() -> pd.DataFrame:
+    cells = product(("dense", "mean", "sparse", "hybrid"), (1, 2, 4), (1, 2, 4), COLLECTIONS)
+    rows = [(m, q, p, c, "ndcg@10", 0.1 * q + 0.01 * p) for m, q, p, c in cells]
+    return pd.DataFrame(rows, columns=["mode", "k_query", "k_passage", "collection", "metric", "value"])
+
+
+def evaluated() -> pd.DataFrame:
+    """Means of every system, and of what the figures leave out: cut text, and another backbone."""
+    rng, systems = (
+        np.random.default_rng(0),
+        [("BM25", "sparse"), ("BM25, cut text", "sparse"), ("DiffEmbed (text only)", "dense")],
+    )
+    for system in SYSTEMS:
+        several = [m for m in ("mean", "sparse", "hybrid") if system.endswith(("multi", "single"))]
+        systems += [(system, m) for m in ("dense", *several)]
+    rows = [
+        (t, *s, c, "ndcg@10", rng.random()) for t in ("zero-shot", "fine-tuned") for s in systems for c in COLLECTIONS
+    ]
+    return pd.DataFrame(rows, columns=["training", "system", "mode", "collection", "metric", "value"])
+
+
+def test_grid_has_one_scale_and_marks_the_pair():
+    fig = figures.grid(grid(), "mean of three collections, each of them a sample of its passages", (2, 4))
+    legible(fig)
+    assert [ax.get_title() for ax in fig.axes] == ["dense", "mean", "sparse", "hybrid"]
+    np.testing.assert_allclose([ax.collections[0].get_clim() for ax in fig.axes], [(0.11, 0.44)] * 4)
+    assert all([(p.get_x(), p.get_y()) for p in ax.patches] == [(2, 1)] for ax in fig.axes)
+    assert not any(ax.patches for ax in figures.grid(grid(), "three").axes)
+
+
+def test_effectiveness_and_collections():
+    table = evaluated()
+    means = table.groupby(["training", "system", "mode"], sort=False)["value"].mean().reset_index()
+    fig = figures.effectiveness(means.assign(low=means["value"] - 0.05, high=means["value"] + 0.05))
+    legible(fig)
+    assert [ax.get_title() for ax in fig.axes] == ["zero-shot", "fine-tuned"]
+    fig = figures.per_collection(table)
+    legible(fig)
+    points = np.concatenate([offsets for ax in fig.axes for offsets in [ax.collections[0].get_offsets()]])
+    assert len(points) == 2 * 7 * len(COLLECTIONS)  # a dot a system, in its hybrid or only mode
+    own = table[
+        (table["system"] == "DiffRetriever multi") & (table["mode"] == "hybrid") & (table["training"] == "zero-shot")
+    ]
+    assert set(own["value"]) <= set(points[:, 0])
+
+
+@pytest.mark.parametrize("intervals", [True, False])
+def test_oracle(intervals):
+    values = {"single": 0.5, "selected": 0.6, "fine_tuned": np.nan, "best_fixed": 0.65, "oracle": 0.8}
+    table = pd.DataFrame({"collection": COLLECTIONS, "chance": 0.1} | values)
+    if intervals:
+        table = table.assign(oracle_low=0.75, oracle_high=0.9)
+    fig = figures.oracle(table)
+    legible(fig)
+    labels = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert labels == ["(1, 1)", "selected pair", "best fixed pair", "oracle", "best fixed + chance"]
+    (reach,) = (line for line in fig.axes[0].lines if line.get_marker() == "|")
+    assert reach.get_xdata().tolist() == [0.75] * 3
+    assert any(set(line.get_xdata()) == {0.75, 0.9} for line in fig.axes[0].lines) == intervals
+
+
+def test_chance():
+    numbers = {
+        "value": 0.02,
+        "low": -0.01,
+        "high": 0.05,
+        "p": [np.nan, 0.01],
+        "queries": 240,
+        "reference": "best fixed",
+    }
+    legible(
+        figures.oracle_chance(
+            pd.DataFrame({"method": ["raw", "random twins"], "kind": ["headroom", "beyond chance"]} | numbers)
+        )
+    )
+    fig = figures.chance_levels(np.linspace(0.01, 0.03, 100), 0.04)
+    legible(fig)
+    assert fig.axes[0].lines[0].get_xdata() == [0.04, 0.04]
+    legible(figures.distribution(pd.DataFrame(np.eye(3) * 33, [1, 2, 4], [1, 2, 4])))
+    rows = pd.DataFrame({"collection": [*COLLECTIONS, "macro"], "selected": 0.5, "adaptive": 0.55, "oracle_kq": 0.6})
+    legible(figures.allocator(rows))
+
+
+def test_claims():
+    pair = "DiffRetriever multi{0} ({1}) − DiffRetriever single{0} ({1})"
+    rows = []
+    for i, (mode, training) in zip("abcd", product(("dense", "hybrid"), ("zero-shot", "fine-tuned"))):
+        comparison = pair.format("" if training == "zero-shot" else ", fine-tuned", mode)
+        rows.append((2, f"2{i}", comparison, training, mode, DIFFERENCE, 0.0, 0.1, SUPPORTED, True))
+    rows += [(4, "4a", "DiffRetriever 16 against one, encoding, batch 1", "", "", RATIO, 1.25, 1.2, INCONCLUSIVE, True),
+             (4, "4b", "PromptReps 20 against one, encoding, batch 1", "", "", RATIO, 15.0, 9.5, CONTRADICTED, True),
+             (4, "4c", "not drawn", "", "", RATIO, 15.0, 9.5, CONTRADICTED, False)]  # fmt: skip
+    columns = ["claim", "id", "comparison", "training", "mode", "statistic", "bound", "value", "verdict", "counts"]
+    tests = pd.DataFrame(rows, columns=columns).assign(low=lambda d: d["value"] * 0.9, high=lambda d: d["value"] * 1.2)
+    fig = figures.claims_forest(tests)
+    legible(fig)
+    labels = [[label.get_text().replace("\n", " ") for label in ax.get_yticklabels()] for ax in fig.axes]
+    assert labels[0][0] == "2a  zero-shot, dense" and [label[:2] for label in labels[1]] == ["4a", "4b"]
+    assert "DiffRetriever multi − DiffRetriever single" in fig.axes[0].get_title(loc="right")
+    assert fig.axes[1].get_xscale() == "log"
+    figures.claims_forest(tests[:0]).canvas.draw()  # before any test
+
+
+def latencies() -> pd.DataFrame:
+    ways = [("DiffRetriever", "", (1, 8, 16)), ("PromptReps", "", (1,)), ("PromptReps", "forced", (4, 20)),
+            ("PromptReps", "as answered", (20,)), ("DiffEmbed", "", (1,))]  # fmt: skip
+    rows = [("encoding", s, d, "query", k, b, 16, 10.0 * k) for s, d, ks in ways for k in ks for b in (1, 8)]
+    rows += [("encoding", s, d, "passage", k, 1, n, 10.0 * k) for s, d, ks in ways for k in ks[-1:] for n in (16, 64)]
+    columns = ["quantity", "system", "decoding", "side", "count", "batch", "text_tokens", "value"]
+    return pd.DataFrame(rows, columns=columns).assign(low=lambda d: d["value"] * 0.9, high=np.nan)
+
+
+def test_latencies():
+    fig = figures.latency_vectors(latencies())
+    legible(fig)
+    labels = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert set(labels) == {"DiffRetriever", "PromptReps, forced", "PromptReps, as answered"} and len(fig.axes) == 2
+    numbers = {"low": 1.0, "high": np.nan, "index": ["MaxSim", "sparse"] * 2, "vectors": [100, 100, 1000, 1000]}
+    legible(figures.latency_length(latencies(), pd.DataFrame({"value": [1.0, 2.0, 30.0, np.nan]} | numbers)))
+
+
+def test_effectiveness_against_latency_has_two_panels_and_links_single_to_multi():
+    rows = [(t, s, 0.1 * i, 5.0 * 3**i, 1000) for t in ("zero-shot", "fine-tuned") for i, s in enumerate(SYSTEMS)]
+    fig = figures.effectiveness_latency(
+        pd.DataFrame(rows, columns=["training", "system", "ndcg", "latency_ms", "passages"])
+    )
+    legible(fig)
+    assert [ax.get_title() for ax in fig.axes] == ["zero-shot", "fine-tuned"]
+    links = [line.get_xydata().tolist() for line in fig.axes[0].lines if len(line.get_xydata()) == 2]
+    assert np.allclose(links, [[[5 * 3**i, 0.1 * i] for i in pair] for pair in ((2, 3), (4, 5))])
+
+
+def test_training():
+    rows = [(s, step, loss, dev, r) for s in SYSTEMS for r in (0, 1)
+            for step, loss, dev in ((0, np.nan, 0.3), (1, 2.0, np.nan), (2, 1.0, 0.5))]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["system", "step", "loss", "dev_ndcg", "repetition"])
+    fig = figures.training_curves(table)
+    legible(fig)
+    assert len(fig.axes) == 2 * len(SYSTEMS)
+    assert all(list(ax.lines[-1].get_ydata()) == [0.3, 0.3] for ax in fig.axes[1::2])  # the zero-shot level
+    legible(figures.training_curves(table.drop(columns="repetition")))
+    cells = product((("documentation", 4.0), ("answers", 3.0)), ("documentation", "English"))
+    held_out = [
+        {"stage": s, "tokens_seen": 1000, f"held_out {text}": {"0.15": v, "0.5": v + 1}} for (s, v), text in cells
+    ]
+    trained = [
+        {"stage": "documentation", "tokens_seen": 1000, "loss": 5.0},
+        {"stage": "answers", "tokens_seen": 500, "loss": 3.0},
+    ]
+    fig = figures.curves({"curve": trained + held_out})
+    legible(fig)
+    assert [ax.get_title() for ax in fig.axes] == ["training", "held out documentation", "held out English"]
+    points = [point.tolist() for line in fig.axes[0].lines for point in line.get_xydata()]
+    assert sorted(points) == [[1.0, 5.0], [1.5, 3.0]] and fig.axes[0].lines[0].get_marker() == "o"  # a point is seen
+
+
+def test_alignment_of_many_masks():
+    names = [f"{i} word" for i in range(16)]
+    legible(figures.alignment(pd.DataFrame(np.random.default_rng(0).random((16, 16)), names, names), "rank 1: p"))
