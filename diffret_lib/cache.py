@@ -173,7 +173,8 @@ def sweep(folder: Path) -> None:
     for path in list(folder.rglob(".*")) if os.path.isdir(folder) else ():
         found = _TEMPORARY.match(path.name)
         entry = path.with_name(path.stem[1:])  # of a work folder
-        if found and not psutil.pid_exists(int(found[1])) or path.suffix == ".work" and (entry / MANIFEST).exists():
+        orphan = found and not psutil.pid_exists(int(found[1]))
+        if orphan or (path.suffix == ".work" and (entry / MANIFEST).exists()):
             _remove(path)
 
 
@@ -196,7 +197,7 @@ def _reason(path: Path, error: Exception) -> str | None:
     place = next(p for p in (path, *path.parents) if os.path.exists(p))
     disk, way_out = shutil.disk_usage(place), "set DIFFRET_CACHE (cache) or results_root (results) to a folder"
     # libraries tell of a full disk or memory in their own ways; /proc has no room at all
-    full = "No space left on device" in str(error) or 0 < disk.total and disk.free < 1 << 20
+    full = "No space left on device" in str(error) or (disk.total > 0 and disk.free < 1 << 20)
     if full or number in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({disk.free / 1e6:.1f} MB free); make room, or {way_out} on another disk"
     said, free = str(error).partition("\n")[0], psutil.virtual_memory().available

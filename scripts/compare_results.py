@@ -7,23 +7,16 @@ run.  The exit status is 1 when a value differs, or a table is there once.
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
 #: Tables of measured times, and of what is computed from them.
 TIMED = ("latency_", "claim4_ratios", "claims", "allocator_latency", "effectiveness_latency", "backbones")
-#: Columns of measured times in the other tables.
-TIMED_COLUMNS = {"seconds"}
-#: Labels that are worded anew: the old text, and the one that it is compared as.
-RENAMED = {"parent, attention both ways": "parent, bidirectional attention"}
-
-
-def columns(path: Path) -> dict[str, list[str]]:
-    """The columns of a CSV file as text, measured times left out."""
-    with open(path, encoding="utf-8", newline="") as file:
-        head, *rows = csv.reader(file)
-    return {name: [RENAMED.get(row[i], row[i]) for row in rows] for i, name in enumerate(head) if name not in TIMED_COLUMNS}
+#: Column of measured times in the other tables.
+SECONDS = "seconds"
 
 
 def compare(one: Path, other: Path) -> tuple[bool, str]:
@@ -33,22 +26,23 @@ def compare(one: Path, other: Path) -> tuple[bool, str]:
             return False, f"missing in {path.parent.parent}"
     if one.read_bytes() == other.read_bytes():
         return True, "equal, byte by byte"
-    left, right = columns(one), columns(other)
-    gone, added = [name for name in left if name not in right], [name for name in right if name not in left]
-    notes = []
-    for name in gone:
-        renamed = next((new for new in added if right[new] == left[name]), None)
+    tables = (pd.read_csv(path, dtype=str, keep_default_na=False) for path in (one, other))
+    left, right = (table.drop(columns=SECONDS, errors="ignore") for table in tables)
+    if len(left) != len(right):
+        return False, f"different: {len(left)} and {len(right)} rows"
+    added, notes = [name for name in right if name not in left], []
+    for name in left:
+        if name in right:
+            rows = np.flatnonzero(left[name] != right[name])
+            if len(rows):
+                values = f"{left[name][rows[0]]} and {right[name][rows[0]]}"
+                return False, f"different: {len(rows)} values of {name!r}, first {values}"
+            continue
+        renamed = next((new for new in added if (right[new] == left[name]).all()), None)
         if renamed is None:
             return False, f"different: column {name!r} is gone"
         added.remove(renamed)
         notes.append(f"{name} is now {renamed}")
-    for name in left:
-        if name in right and left[name] != right[name]:
-            rows = [i for i, (a, b) in enumerate(zip(left[name], right[name])) if a != b]
-            if not rows:
-                return False, f"different: {len(left[name])} and {len(right[name])} rows"
-            at = rows[0]
-            return False, f"different: {len(rows)} values of {name!r}, first {left[name][at]} and {right[name][at]}"
     notes += [f"new column {name}" for name in added]
     return True, "equal, value by value" + (f" ({'; '.join(notes)})" if notes else " (times aside)")
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -20,6 +20,7 @@ import psutil
 from diffret_lib.cache import StorageError, cache_dir
 from diffret_lib.config import Profile, ProfileError, load_profile
 from diffret_lib.data.collection import Collection
+from diffret_lib.experiments.departures import dtype_studies
 from diffret_lib.experiments.study import SYSTEMS, Study, texts_of
 from diffret_lib.models.backbones import get_backbone
 from diffret_lib.models.gguf import BackboneError
@@ -38,7 +39,7 @@ PROGRAM_BYTES = 1.5e9
 
 def check(profile: Profile) -> None:
     """Check a profile as a whole, before the first notebook: a ProfileError with a line for each fault."""
-    if faults := list(chain(_backbone_faults(profile), _collection_faults(profile), _count_faults(profile))):
+    if faults := [*_backbone_faults(profile), *_collection_faults(profile)]:
         raise ProfileError("\n".join(f"profile {profile.name}: {fault}" for fault in faults))
 
 
@@ -62,6 +63,8 @@ def _backbone_faults(profile: Profile) -> Iterator[str]:
                 f"backbones.{role}: text, prompt and vectors take up to {longest} tokens, and {name} takes "
                 f"{spec.max_length}: lower the text's tokens, k_grid, promptreps_vectors or efficiency"
             )
+    if max(p.k_grid) not in p.efficiency.counts:
+        yield f"efficiency.counts: {max(p.k_grid)}, the most masks of k_grid, is missing: claim 4 compares it with 1"
 
 
 def _collection_faults(profile: Profile) -> Iterator[str]:
@@ -97,12 +100,6 @@ def _collection_faults(profile: Profile) -> Iterator[str]:
             yield f"test_collections: {error}"
 
 
-def _count_faults(profile: Profile) -> Iterator[str]:
-    most = max(profile.k_grid)
-    if most not in profile.efficiency.counts:
-        yield f"efficiency.counts: {most}, the most masks of k_grid, is missing: claim 4 compares it with 1"
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a run will take.
@@ -136,12 +133,12 @@ class Plan:
 def plan(profile: Profile) -> Plan:
     """Measure the rate of every kind of encoding on a few texts, and multiply; nothing is encoded for the run."""
     study, p, rows = Study(profile), profile, []
-    rates: dict[tuple[str, int, int], tuple[float, float]] = {}
+    rates: dict[tuple[Any, ...], tuple[float, float]] = {}
     read = {"query": p.max_query_tokens, "passage": p.max_passage_tokens}
     hidden = study.backbone("diffusion").model.config.hidden_size
 
     def rate(retriever: Retriever) -> tuple[float, float]:
-        key = (retriever.name, *map(retriever.vectors, SIDES))
+        key = (retriever.name, retriever.backbone.dtype, *map(retriever.vectors, SIDES))
         if key not in rates:
             rates[key] = tuple(_seconds(retriever, study.test_collections[0], side) for side in SIDES)
         return rates[key]
@@ -179,6 +176,10 @@ def _encodings(study: Study) -> Iterator[tuple[str, str, Retriever, Sequence[Col
     sample = [study.sampled(p.train_collection, p.departures)]
     yield "01", "departures: reading and length", study.diffretriever(*pair), sample, 10
     yield "01", "departures: answers", study.promptreps(p.promptreps_vectors), sample, 3
+    for dtype, other in dtype_studies(study).items():
+        for system in other.systems(pair):
+            if isinstance(system.retriever, Retriever):
+                yield "01", f"{system.name}, {dtype}", system.retriever, other.test_collections, 1
     if p.shared_text_grid:
         shared = study.diffretriever(sum(p.k_grid), sum(p.k_grid))  # as many masks as all together
         yield "02", "grid, one pass over a text", shared, [study.train_collection, *tests], 1

@@ -2,9 +2,9 @@
 
 The profile is named by the environment variable PROFILE, further collections by COLLECTION.  For every notebook
 ``build/PROFILE/NAME.inputs`` gets a SHA-256 over all that its result depends on: its cells, the library's code (without
-comments and docstrings) and data, the versions of the packages, the profile, and the files of its collections.  Its
-time is what make looks at: that of 1970 when ``NAME.done`` has the same SHA-256 and all files that it names are there,
-else now.  Where a notebook is out of date the profile is checked as a whole first.
+comments and docstrings) and data, the versions of the packages, the profile, the files of its collections and of the
+adapters that it names.  Its time is what make looks at: that of 1970 when ``NAME.done`` has the same SHA-256 and all
+files that it names are there, else now.  Where a notebook is out of date the profile is checked as a whole first.
 
 One run at a time: a second one in the same checkout with the same profile says that it waits.
 """
@@ -35,7 +35,7 @@ def collection_files(name: str) -> list[Path]:
 def library() -> str:
     """SHA-256 over the library: its code, and the data files beside it."""
     root = CHECKOUT / "diffret_lib"
-    data = [p for p in sorted(root.rglob("*")) if p.suffix in (".yaml", ".json", ".safetensors")]
+    data = [p for p in sorted(root.rglob("*")) if p.suffix in (".yaml", ".json", ".txt", ".safetensors")]
     return fingerprint(SourceTree(root).everything(), {str(p.relative_to(root)): file_sha256(p) for p in data})
 
 
@@ -86,7 +86,10 @@ def main(command: list[str]) -> None:
         sweep(folder)
     sizes = (profile.adaptation.zero_shot, profile.training.development, *profile.training.collections)
     names = {profile.train_collection, *profile.test_collections, *(size.collection for size in sizes)}
-    files = {str(path): file_sha256(path) for name in names for path in collection_files(name)}
+    paths = [path for name in names for path in collection_files(name)]
+    if profile.training.adapters:
+        paths += (path for path in (CHECKOUT / profile.training.adapters).glob("*/*") if path.is_file())
+    files = {str(path): file_sha256(path) for path in paths}
     depends_on = fingerprint(library(), versions(), profile.model_dump(mode="json"), collection, files)
     notebooks = (CHECKOUT / "notebooks").glob("[0-9][0-9]_*.ipynb")
     if not all([prepare(path.stem, depends_on, build, results) for path in notebooks]):

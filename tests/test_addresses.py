@@ -67,7 +67,9 @@ def test_an_edit_of_search_gives_another_address_to_rankings_alone(package):
     assert encoding == before[0] and ranking != before[1] and everything != before[2]
 
 
-@pytest.mark.parametrize("module", ["models/readers.py", "retrieval/systems.py", "retrieval/search.py", "models/prompts.py"])
+@pytest.mark.parametrize(
+    "module", ["models/readers.py", "retrieval/systems.py", "retrieval/search.py", "models/prompts.py"]
+)
 def test_comments_and_docstrings_give_no_other_address(package, module):
     before = addresses(package)
     path = package / module
@@ -88,9 +90,41 @@ def sources(folder: Path, **modules: str) -> SourceTree:
     return SourceTree(root, "lib")
 
 
-A = "from lib.b import helper\nfrom lib import c\n\nclass Base:\n    k = 1\n\nclass Reader(Base):\n    def read(self):\n        return helper(c.SIZE)\n"
-B = "import functools\n\ndef _inner(x):\n    return x\n\n@functools.cache\ndef helper(x):\n    return _inner(x)\n\ndef other():\n    return 2\n"
-C = "SIZE = 3\nTABLE = {}\nTABLE['x'] = 1\nif SIZE:\n    def under():\n        return 1\n\ndef use():\n    return TABLE, under\n"
+A = """
+from lib.b import helper
+from lib import c
+
+class Base:
+    k = 1
+
+class Reader(Base):
+    def read(self):
+        return helper(c.SIZE)
+"""
+B = """
+import functools
+
+def _inner(x):
+    return x
+
+@functools.cache
+def helper(x):
+    return _inner(x)
+
+def other():
+    return 2
+"""
+C = """
+SIZE = 3
+TABLE = {}
+TABLE['x'] = 1
+if SIZE:
+    def under():
+        return 1
+
+def use():
+    return TABLE, under
+"""
 
 
 @pytest.mark.parametrize(

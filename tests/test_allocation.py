@@ -28,10 +28,11 @@ from diffret_lib.experiments.allocation import (
 from diffret_lib.experiments.comparison import paired
 from diffret_lib.report import figures
 from diffret_lib.retrieval.systems import DiffRetriever
-from tests.test_study import labelled, world  # noqa: F401  (a fixture)
+from tests.test_study import changed, labelled, world  # noqa: F401  (a fixture)
 from tests.tiny import tiny_backbone
 
-TEXTS = ["heap", "sorted copy of an array", "eigenvalues and right eigenvectors", "", "a binary tree for parents", "queue"]
+TEXTS = ["heap", "sorted copy of an array", "eigenvalues and right eigenvectors", "", "a binary tree for parents",
+         "queue"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +118,18 @@ def test_features_of_a_collection(world):  # noqa: F811
     np.testing.assert_allclose(found[list(masks)], masks)
     run = s.runs(retriever, collection, ["hybrid"])["hybrid"]
     np.testing.assert_allclose(found[["gap_second", "gap_tenth"]], gap_features(run, sorted(collection.qrels)))
+    # they are those of the reading that the grid has
+    shared = query_features(changed(s, shared_text_grid=True), collection, (2, 1))
+    masks = mask_features(s.diffretriever(2, 1, shared_text=True), [texts[q] for q in sorted(collection.qrels)])
+    np.testing.assert_allclose(shared[list(masks)], masks)
+    assert (shared["gap_tenth"] != found["gap_tenth"]).any()
 
 
 def grid_of(values: dict[tuple[int, int], np.ndarray], collection: str = "c") -> pd.DataFrame:
     frames = [
         pd.DataFrame(
-            {"collection": collection, "coverage": "whole", "query_id": [f"q{i:03}" for i in range(len(v))], "k_query": kq,
-             "k_passage": kp, "mode": mode, "metric": "ndcg@10", "value": v if mode == "hybrid" else 0.5}
+            {"collection": collection, "coverage": "whole", "query_id": [f"q{i:03}" for i in range(len(v))],
+             "k_query": kq, "k_passage": kp, "mode": mode, "metric": "ndcg@10", "value": v if mode == "hybrid" else 0.5}
         ) for (kq, kp), v in values.items() for mode in ("dense", "hybrid")
     ]  # fmt: skip
     return pd.concat(frames, ignore_index=True)

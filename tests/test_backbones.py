@@ -281,7 +281,9 @@ def test_an_adapter_is_merged_into_its_base_only(folder, adapter, tmp_path, capl
         f"the base of the adapter {adapter[0]} is unknown; its tensors fit tiny-diffusion"
     ]
     for wrong in (other, merged):
-        with pytest.raises(BackboneError, match=f"on tiny-diffusion .*{base.weights[:12]}.* is tiny-diffusion") as error:
+        with pytest.raises(
+            BackboneError, match=f"on tiny-diffusion .*{base.weights[:12]}.* is tiny-diffusion"
+        ) as error:
             with_adapter(wrong, named)
         assert wrong.weights[:12] in str(error.value)
     one_way = changed(adapter[0], tmp_path / "one", base=base.weights, base_name="tiny", attention="bidirectional")
@@ -292,7 +294,10 @@ def test_an_adapter_is_merged_into_its_base_only(folder, adapter, tmp_path, capl
 
 FAULTS = {
     "missing": (lambda t: t.pop(max(t)), r"1 tensors are missing.*layers\.1"),
-    "unexpected": (lambda t: t.update({max(t).replace("layers.1", "layers.7"): t[max(t)].clone()}), r"1 tensors.*layers\.7"),
+    "unexpected": (
+        lambda t: t.update({max(t).replace("layers.1", "layers.7"): t[max(t)].clone()}),
+        r"1 tensors.*layers\.7",
+    ),
     "not finite": (lambda t: t[max(t)].view(-1)[3:4].fill_(float("nan")), r"1 tensors are .*not finite.*layers\.1"),
     "another shape": (lambda t: t.update({max(t): t[max(t)][:1].clone()}), "size mismatch"),
     "cut": (lambda t: None, "the adapter .*bad does not fit"),
@@ -341,8 +346,12 @@ def make_wheel(folder: Path, content: bytes = CONTENT, member: str = MEMBER) -> 
     info = "package-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr(member, content)
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: package\nVersion: 1.0\nRequires-Dist: nowhere\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: package\nVersion: 1.0\nRequires-Dist: nowhere\n"
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", "")
     return path
 

@@ -85,7 +85,10 @@ def test_frozen_and_fingerprint_follows_the_content(tmp_path, content):
         ({"sample": {"queries": 5}}, ["sample.passages: the key is missing"]),
         ({"sample": {"queries": 5, "passages": 6, "docs": 1}}, ["sample.docs: unknown key"]),
         ({"sample": 5}, ["sample: ", "(got 5)"]),
-        ({"training": {"steps": 2}}, ["training.collections: the key is missing", "training.learning_rates: the key is missing"]),
+        (
+            {"training": {"steps": 2}},
+            ["training.collections: the key is missing", "training.learning_rates: the key is missing"],
+        ),
         ({"sample": {"queries": 5, "passages": 6, "hard": -1}}, ["sample.hard: ", "(got -1)"]),
         ({"samples": {"ir/npl": {"queries": None}}}, ["samples.ir/npl.passages: the key is missing"]),
         ({"efficiency": {"counts": [0]}}, ["efficiency.counts.0: ", "efficiency.repeats: the key is missing"]),
@@ -168,7 +171,7 @@ def test_a_byte_order_mark_is_no_fault(tmp_path, content):
 
 @pytest.mark.parametrize("name", ["embeded", "../profiles/embedded", "", "none.yml", "."])
 def test_a_profile_that_is_not_there(name):
-    with pytest.raises(ProfileError, match="there is no profile .*; there are embedded, smoke, study"):
+    with pytest.raises(ProfileError, match=r"there is no profile .*; there are embedded, smoke, study"):
         load_profile(name)
 
 

@@ -53,12 +53,10 @@ def test_rounds_are_interleaved(monkeypatch):
     order, ticks = [], iter(range(100))
     monkeypatch.setattr(efficiency.time, "perf_counter", lambda: next(ticks) ** 2)
     calls = {n: lambda n=n: order.append(n) for n in "abc"}
-    times = interleaved(calls, 3, torch.device("cpu"), "letters", warm_up=False)
-    assert "".join(order) == "abccbaabc"
+    times = interleaved(calls, 3, torch.device("cpu"), "letters")
+    assert "".join(order) == "abc" + "abccbaabc"  # a warm-up of each
     # call number i takes (2i + 1)^2 - (2i)^2
     assert {n: t.tolist() for n, t in times.items()} == {"a": [1, 21, 25], "b": [5, 17, 29], "c": [9, 13, 33]}
-    interleaved(calls, 1, torch.device("cpu"), "letters")
-    assert "".join(order[9:]) == "abcabc"
 
 
 def test_forced_decoding_has_every_vector(study):
@@ -177,6 +175,9 @@ def test_measured_once_on_a_machine(study, monkeypatch, tmp_path):
     )
     measured(study, measure, (2, 4))
     assert calls == [(2, 4), (2, 2), (2, 4)]
+    # the sparse rows that are searched are of passages that are read up to this length
+    measured(changed(study, max_passage_tokens=9), measure, (2, 4))
+    assert calls[3:] == [(2, 4)]
 
 
 def test_effectiveness_beside_latency(table):

@@ -167,7 +167,8 @@ def test_a_run_and_what_runs_again(checkout):
     assert sorted(p.name for p in (results / "tables").iterdir()) == [f"{name}.csv" for name in NAMES]
 
     module = root / "diffret_lib" / "environment.py"
-    module.write_text("# a comment\n" + module.read_text(encoding="utf-8").replace('"""', '"""Now: ', 1), encoding="utf-8")
+    text = module.read_text(encoding="utf-8")
+    module.write_text("# a comment\n" + text.replace('"""', '"""Now: ', 1), encoding="utf-8")
     (root / "notebooks/profiles/smoke.yml").touch()
     assert checkout.runs(given) == []
     module.write_text(module.read_text(encoding="utf-8") + "\nX = 1\n", encoding="utf-8")
@@ -177,12 +178,27 @@ def test_a_run_and_what_runs_again(checkout):
     assert NAMES[1] in checkout.runs(given)
 
 
+def test_adapters_that_stand_in_for_training_are_inputs(checkout):
+    profile, adapter = checkout.root / "notebooks/profiles/smoke.yml", checkout.root / "tuned/one/adapter.safetensors"
+    text, line = profile.read_text(encoding="utf-8"), "    patience: 2\n"
+    assert line in text
+    profile.write_text(text.replace(line, f"{line}    adapters: tuned\n"), encoding="utf-8")
+    adapter.parent.mkdir(parents=True)
+    found = set()
+    for content in ("a", "b", "a"):
+        adapter.write_text(content)
+        checkout.runs()
+        found.add((checkout.root / "build/smoke" / f"{NAMES[0]}.inputs").read_text())
+    assert len(found) == 2
+
+
 @pytest.mark.parametrize("text", [
     "$(shell touch ran)", "`touch ran`", "; touch ran", "\"; touch ran; \"", "'; touch ran; '", "$$(touch ran)", "a b",
     "%", "smoke smoke", "../smoke", "x$y(z",
 ])  # fmt: skip
 def test_make_variables_are_data(checkout, text):
-    for name, words in (("PROFILE", ["reproduce"]), ("COLLECTION", ["reproduce", "PROFILE=smoke"]), ("VIRTUAL_ENV", ["test"])):
+    targets = {"PROFILE": ["reproduce"], "COLLECTION": ["reproduce", "PROFILE=smoke"], "VIRTUAL_ENV": ["test"]}
+    for name, words in targets.items():
         for status, output in (checkout.make(*words, f"{name}={text}"), checkout.make(*words, **{name: text})):
             assert status == 2 and "error: " in output and "Traceback" not in output
             said = output.replace("''", "'").replace("\\'", "'").replace("\\\\", "\\")
@@ -205,7 +221,8 @@ def test_a_failing_cell_is_shown_last_and_the_good_copy_stays(checkout):
     target = checkout.results / "notebooks"
     target.mkdir(parents=True)
     (target / f"{NAMES[0]}.ipynb").write_text("an earlier good copy", encoding="utf-8")
-    write(checkout.notebook(0), "print('before')", "x = {}\nx['missing' + profile['name']]", "print('after')", name=NAMES[0])
+    failing = "x = {}\nx['missing' + profile['name']]"
+    write(checkout.notebook(0), "print('before')", failing, "print('after')", name=NAMES[0])
     write(checkout.notebook(1), "import os\nos._exit(9)", "print('after')", name=NAMES[1])  # a kernel that dies
     status, output = checkout.make("-k", "reproduce", "PROFILE=smoke")
     assert status == 2
@@ -279,6 +296,7 @@ def test_tables_are_compared(tmp_path):
     assert status == 0 and "equal, value by value (k is now K; new column kind)" in text
     timed = [{"training_summary": f"system,seconds\nA,{seconds}\n"} for seconds in (1, 2)]
     assert compare(*timed)[0] == 0
-    for other in ({"grid": "k,ndcg\n1,0.5\n2,0.26\n"}, {"grid": "k\n1\n2\n"}, {"grid": "k,ndcg\n1,0.5\n"}, table | {"x": "a\n1\n"}):
-        assert compare(table, other)[0] == 1
+    for grid in ("k,ndcg\n1,0.5\n2,0.26\n", "k\n1\n2\n", "k,ndcg\n1,0.5\n"):
+        assert compare(table, {"grid": grid})[0] == 1
+    assert compare(table, table | {"x": "a\n1\n"})[0] == 1
     assert "first 0.25 and 0.26" in compare(table, {"grid": "k,ndcg\n1,0.5\n2,0.26\n"})[1]

@@ -57,5 +57,7 @@ def test_table():
 
 def test_a_query_without_a_relevant_passage_has_none():
     qrels = {"q1": {"gone": 1}, "q2": COLLECTION.qrels["q2"]}
-    made = mine_hard_negatives(replace(COLLECTION, qrels=qrels, missing=["gone"]), RUNS, 2)
+    collection = replace(COLLECTION, qrels=qrels, missing=["gone"])
+    made = mine_hard_negatives(collection, RUNS, 2)
+    assert negatives_table(collection, made)["negatives_per_query"].item() == 2
     assert made["query_id"].unique().tolist() == ["q2"] and len(made) == 2

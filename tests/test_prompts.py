@@ -114,7 +114,9 @@ def test_content_words(text, words):
 def test_content_tokens_tokenise_each_word_alone(tokenizer):
     tokens = ContentTokens(tokenizer)
     alone = lambda word: tokenizer(word, add_special_tokens=False)["input_ids"]  # noqa: E731
-    assert tokens("The heap and the array's axis.") == sorted({*alone("heap"), *alone("array"), *alone("s"), *alone("axis")})
+    assert tokens("The heap and the array's axis.") == sorted(
+        {*alone("heap"), *alone("array"), *alone("s"), *alone("axis")}
+    )
     # a word within a text has a space before it, and so other ids
     assert alone("heap") != alone(" heap")
     assert tokens("HEAP heap") == sorted(set(alone("heap")))

@@ -21,7 +21,8 @@ TEXTS = [
     "Return a sorted copy of an array along the given axis.",
     "A heap is a binary tree",
     "heap",
-    "Compute the eigenvalues and right eigenvectors of a square array, and return them sorted; the array is not changed.",
+    "Compute the eigenvalues and right eigenvectors of a square array, and return them sorted; "
+    "the array is not changed.",
     "",
     "The passage: 17 words, e.g. Ärger, 東京 and snake_case_names <|im_end|> <file_sep>",
     "priority queue priority queue",
@@ -150,10 +151,11 @@ def plain_masked(folder, tokenizer, mask_id, text, side, k, shift, limit, conten
             seen.append("mask")
         scores[mask_id] = -torch.inf
         if int(scores.argmax()) in special:
-            if vectors:
+            if vectors and "special first" not in seen:
                 seen.append("cut")
                 break
-            seen.append("special first")
+            if not vectors:
+                seen.append("special first")
         vectors.append(hidden[at] / hidden[at].norm())
         rows.append(scores)
     allowed = plain_content_ids(tokenizer, text, content_limit)
@@ -173,7 +175,8 @@ def plain_shared(folder, start, rest, answer):
 
 def plain_next_tokens(folder, tokenizer, text, side, n, limit, stop):
     """PromptReps: greedy decoding to at most n vectors, the whole sequence computed anew for each token."""
-    ids = sum(plain_prompt(tokenizer, side, n > 1, text, limit), [])
+    start, rest = plain_prompt(tokenizer, side, n > 1, text, limit)
+    ids = [*start, *rest]
     vectors, rows = [], []
     while True:
         hidden, logits = full_forward(folder, ids, see_all=False)
@@ -271,7 +274,9 @@ def test_all_counts_from_one_pass(diffusion):
             changed = dict(features, input_ids=features["input_ids"].masked_fill(features["input_ids"] == 5, 40))
             with torch.inference_mode():
                 one, other = (
-                    packed.decoder(f["input_ids"], *f["branches"].mask_and_positions(f["attention_mask"], torch.float32))
+                    packed.decoder(
+                        f["input_ids"], *f["branches"].mask_and_positions(f["attention_mask"], torch.float32)
+                    )
                     for f in (features, changed)
                 )
             before = features["input_ids"].shape[1] - len(features["branches"].ids)
@@ -320,10 +325,10 @@ def test_content_weights_by_hand(diffusion):
 
 
 @pytest.mark.parametrize(
-    ("special_at", "left"), [((2,), 2), ((1, 3), 1), ((3,), 3), ((0,), 4), ((0, 1), 1), ((), 4)]
+    ("special_at", "left"), [((2,), 2), ((1, 3), 1), ((3,), 3), ((0,), 4), ((0, 1), 4), ((), 4)]
 )  # fmt: skip
 def test_cut_after_a_special_token(diffusion, special_at, left):
-    """One at the first position has no effect; vectors and weights of what is cut: the plain computation."""
+    """One at the first position keeps all; vectors and weights of what is cut: the plain computation."""
     predicted = torch.full((2, 4), 40)
     predicted[0, list(special_at)] = diffusion.tokenizer.eos_token_id
     assert masked(diffusion).before_special(predicted).tolist() == [[j < left for j in range(4)], [True] * 4]
@@ -413,9 +418,10 @@ def test_gradients_reach_the_model(folders):
 @pytest.mark.parametrize(
     ("make", "option"),
     [
-        (LastToken, {"max_passage_tokens": 0}), (MaskedPositions, {"k_passage": "4"}), (MaskedPositions, {"k_query": True}),
-        (MaskedPositions, {"prediction_shift": 1}), (MaskedPositions, {"shared_text": "no"}), (NextTokens, {"stop": None}),
-        (NextTokens, {"max_vectors": 10**30}), (NextTokens, {"content_from": "text"}),
+        (LastToken, {"max_passage_tokens": 0}), (MaskedPositions, {"k_passage": "4"}),
+        (MaskedPositions, {"k_query": True}), (MaskedPositions, {"prediction_shift": 1}),
+        (MaskedPositions, {"shared_text": "no"}), (NextTokens, {"stop": None}), (NextTokens, {"max_vectors": 10**30}),
+        (NextTokens, {"content_from": "text"}),
     ],
 )  # fmt: skip
 def test_unknown_settings(diffusion, make, option):
@@ -437,7 +443,13 @@ def test_the_word_of_sentence_transformers_for_a_passage(diffusion):
 # -- as modules of sentence-transformers -----------------------------------------------------------------------
 
 
-MASKED = {"k_query": 1, "k_passage": 4, "prediction_shift": False, "max_passage_tokens": 11, "content_from": "read text"}
+MASKED = {
+    "k_query": 1,
+    "k_passage": 4,
+    "prediction_shift": False,
+    "max_passage_tokens": 11,
+    "content_from": "read text",
+}
 
 
 @pytest.mark.parametrize("encoder", [MultiVectorEncoder, SparseEncoder])

@@ -52,7 +52,12 @@ def test_concatenate():
     a, b = random(2), random(3, seed=1)
     whole = Representations.concatenate([a, b])
     assert whole.lengths.tolist() == [*a.lengths, *b.lengths] and same(whole[:2], a) and same(whole[2:], b)
-    for other in (random(2, v=51), random(2, h=5), Representations(a.dense, a.lengths), Representations(None, a.lengths)):
+    for other in (
+        random(2, v=51),
+        random(2, h=5),
+        Representations(a.dense, a.lengths),
+        Representations(None, a.lengths),
+    ):
         for parts in ([a, other], [other, a]):
             with pytest.raises(ValueError):
                 Representations.concatenate(parts)

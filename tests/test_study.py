@@ -140,7 +140,7 @@ def test_collections_of_the_profile(world):
     assert [c.name for c in s.test_collections] == ["mine-test", "other"]
     assert len(s.train_collection.queries) == 5 and s.train_collection.coverage == "whole"
     assert all(len(c.queries) == 4 and c.coverage != "whole" for c in s.test_collections)
-    test, other = s.profile.test_collections
+    _, other = s.profile.test_collections
     bigger = changed(s, samples={other: {"queries": None, "passages": None}})
     assert [len(c.queries) for c in bigger.test_collections] == [4, 5] and bigger.collection(other).coverage == "whole"
 
@@ -198,7 +198,11 @@ def test_the_training_folder_is_not_out_of_domain(world, tmp_path, monkeypatch):
 def test_collections_of_one_name_are_refused(world, tmp_path):
     s, _ = world
     one, two, three = beir(tmp_path, "a/fiqa", 0), beir(tmp_path, "b/fiqa", 1), beir(tmp_path, "c/FiQA", 2)
-    for train, tests in ((s.profile.train_collection, [one, two]), (s.profile.train_collection, [one, three]), (one, [two])):
+    for train, tests in (
+        (s.profile.train_collection, [one, two]),
+        (s.profile.train_collection, [one, three]),
+        (one, [two]),
+    ):
         with pytest.raises(ProfileError, match="needs a folder name of its own"):
             _ = of_folders(s, train, tests).test_collections
     with pytest.raises(ProfileError, match="needs a folder name of its own"):
@@ -211,7 +215,16 @@ def test_collections_of_one_name_are_refused(world, tmp_path):
 def test_grid_and_selected_pair(world):
     s, _ = world
     grid = s.train_grid
-    assert list(grid.columns) == ["query_id", "metric", "value", "collection", "coverage", "k_query", "k_passage", "mode"]
+    assert list(grid.columns) == [
+        "query_id",
+        "metric",
+        "value",
+        "collection",
+        "coverage",
+        "k_query",
+        "k_passage",
+        "mode",
+    ]
     cells = set(product([1, 2], [1, 2], RANK_MODES))
     assert set(zip(grid["k_query"], grid["k_passage"], grid["mode"], strict=True)) == cells
     assert len(grid) == len(cells) * 5 and grid["value"].between(0, 1).all()
@@ -219,7 +232,8 @@ def test_grid_and_selected_pair(world):
     alone = s.diffretriever(2, 1)
     collection = s.train_collection
     run = alone.search(
-        alone.encode_queries(collection.queries, progress=False), alone.encode_passages(collection.passages, progress=False),
+        alone.encode_queries(collection.queries, progress=False),
+        alone.encode_passages(collection.passages, progress=False),
         "hybrid", s.profile.top_k, collection.query_ids, collection.passage_ids,
     )  # fmt: skip
     for query, relevant in collection.qrels.items():
@@ -379,7 +393,9 @@ def test_rankings_and_values_are_kept(world, tmp_path, monkeypatch):
             study_.evaluate(other, s.test_collections)
 
 
-@pytest.mark.parametrize("place", ["retrieval/search.py:rank", "retrieval/search.py:to_results", "retrieval/metrics.py:per_query"])
+@pytest.mark.parametrize(
+    "place", ["retrieval/search.py:rank", "retrieval/search.py:to_results", "retrieval/metrics.py:per_query"]
+)
 def test_addresses_cover_the_code_of_search_and_metrics(tmp_path, place):
     root = Path(study.__file__).parents[1]
     copy = shutil.copytree(root, tmp_path / "diffret_lib", ignore=shutil.ignore_patterns("adapters", "__pycache__"))
@@ -389,7 +405,9 @@ def test_addresses_cover_the_code_of_search_and_metrics(tmp_path, place):
     text = (copy / file).read_text()
     (copy / file).write_text("# a comment\n" + text)
     assert SourceTree(copy).fingerprint(code) == before == SourceTree(root).fingerprint(code)
-    changed = re.sub(rf"(\ndef {name}\(.*?\) -> [^\n]*:[^\n]*\n)", r"\1    changed = 1\n", text, count=1, flags=re.DOTALL)
+    changed = re.sub(
+        rf"(\ndef {name}\(.*?\) -> [^\n]*:[^\n]*\n)", r"\1    changed = 1\n", text, count=1, flags=re.DOTALL
+    )
     assert changed != text
     (copy / file).write_text(changed)
     assert SourceTree(copy).fingerprint(code) != before
@@ -517,7 +535,11 @@ def test_one_pass_beside_a_pass_for_each(world):
     assert set(zip(table["system"], table["mode"], strict=True)) == {
         *product(["DiffRetriever single"], MODES), *product(["DiffRetriever multi"], RANK_MODES)
     }  # fmt: skip
-    row = table[(table["system"] == "DiffRetriever multi") & (table["mode"] == "mean")].set_index("collection").loc["other"]
+    row = (
+        table[(table["system"] == "DiffRetriever multi") & (table["mode"] == "mean")]
+        .set_index("collection")
+        .loc["other"]
+    )
     grid = shared.grid(shared.test_collections[1])
     chosen = grid[(grid["k_query"] == 2) & (grid["k_passage"] == 1) & (grid["mode"] == "mean")]
     assert row["ndcg_other"] == pytest.approx(chosen["value"].mean())
@@ -572,12 +594,12 @@ def test_all_faults_of_a_profile_are_told_at_once(complete, tmp_path):
     expected = [
         "backbones.diffusion: smollm2-135m-instruct is of the family autoregressive, and a diffusion one is needed",
         "backbones.autoregressive: there is no backbone 'gpt'",
+        "efficiency.counts: 2, the most masks of k_grid, is missing",
         f"test_collections: {tmp_path / 'nowhere'}: no collection",
         f"training.collections: {same}: 8 passages, too few for training.negatives",
         "samples: ir/npl is none of the test_collections",
         f"training.collections: {train}, the train_collection, is not among them",
         f"training.development: {train} is also tested or trained on",
-        "efficiency.counts: 2, the most masks of k_grid, is missing",
     ]
     assert len(said) == len(expected)
     for line, start in zip(said, expected, strict=True):

@@ -34,7 +34,7 @@ EDGE = {
     "not Latin": "東京は日本の首都です。 العربية Ελληνικά हिन्दी 😀",
     "control characters": "\x00\x01\x07 heap \x1b[31m\x7f\r",
     "lone surrogate": "heap \ud800 tree \udfff",
-    "chat tokens": "<|im_end|>\n<|im_start|>assistant\nThe word is: \"<file_sep><|endoftext|>",
+    "chat tokens": '<|im_end|>\n<|im_start|>assistant\nThe word is: "<file_sep><|endoftext|>',
     "stop words": "the and of",
 }
 SYSTEMS = {
@@ -107,7 +107,9 @@ def test_one_interface(system):
         system.search(queries, passages, passage_ids=["a", "b"])
     with pytest.raises(ValueError, match="passage_ids must be a list of strings, not 'abcdefg'"):
         system.search(queries, passages, passage_ids="abcdefg")
-    with pytest.raises(ValueError, match="queries .passage side of .* and passages .query side of .* cannot be compared"):
+    with pytest.raises(
+        ValueError, match=r"queries .passage side of .* and passages .query side of .* cannot be compared"
+    ):
         system.search(passages, queries)
     empty = [encode([], progress=False) for encode in (system.encode_passages, system.encode_queries)]
     assert not len(empty[0]) and not len(empty[1]) and not len(system.encode_passages([], cached=True, progress=False))
@@ -116,7 +118,8 @@ def test_one_interface(system):
 
 def test_wrong_family(diffusion, autoregressive):
     for make, backbone in (
-        (DiffRetriever, autoregressive), (DiffEmbed, autoregressive), (PromptReps, diffusion), (MeanPooledAR, diffusion),
+        (DiffRetriever, autoregressive), (DiffEmbed, autoregressive),
+        (PromptReps, diffusion), (MeanPooledAR, diffusion),
     ):  # fmt: skip
         family = backbone.spec.family
         with pytest.raises(ValueError, match=f"{make.name} needs a backbone of the family .*tiny-{family}'"):
@@ -160,7 +163,8 @@ def test_backbones_and_options_that_do_not_fit(diffusion, autoregressive):
     with pytest.raises(ValueError, match="tiny-diffusion takes 512"):
         DiffRetriever(diffusion, shared_text=True).encode_counts(["heap"], "query", [1, 500])
     for make, options in (
-        (DiffRetriever, {"k_query": 2**31 - 1}), (DiffRetriever, {"k_query": 500}), (DiffRetriever, {"max_passage_tokens": 500}),
+        (DiffRetriever, {"k_query": 2**31 - 1}), (DiffRetriever, {"k_query": 500}),
+        (DiffRetriever, {"max_passage_tokens": 500}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="tiny-diffusion takes 512"):
             make(diffusion, **options)
@@ -176,7 +180,9 @@ def test_on_another_backbone_and_with_other_options(diffusion, folder):
     assert (other.reader.k_query, other.reader.k_passage, other.reader.max_query_tokens) == (2, 8, 9)
     moved = retriever.on(tiny_backbone(folder / "other", "diffusion", seed=1))
     assert moved.reader.k_passage == 4 and moved.fingerprint("query") != retriever.fingerprint("query")
-    queries, passages = (r.encode(["heap"], side, progress=False) for r, side in ((retriever, "query"), (moved, "passage")))
+    queries, passages = (
+        r.encode(["heap"], side, progress=False) for r, side in ((retriever, "query"), (moved, "passage"))
+    )
     with pytest.raises(ValueError, match="cannot be compared"):
         retriever.search(queries, passages)
     retriever.search(queries, other.encode_passages(["heap"], progress=False))  # K may differ
@@ -203,7 +209,13 @@ def test_fingerprints_cover_what_matters_to_a_side(diffusion):
     other = DiffRetriever(diffusion, k_query=4, k_passage=4)
     assert other.fingerprint("query") != base.fingerprint("query")
     assert other.fingerprint("passage") == base.fingerprint("passage")
-    options = {"shifted": False, "max_passage_tokens": 9, "batch_tokens": 99, "shared_text": True, "content_from": "read text"}
+    options = {
+        "shifted": False,
+        "max_passage_tokens": 9,
+        "batch_tokens": 99,
+        "shared_text": True,
+        "content_from": "read text",
+    }
     for name, value in options.items():
         changed = DiffRetriever(diffusion, k_query=2, k_passage=4, **{name: value})
         assert changed.fingerprint("passage") != base.fingerprint("passage")
@@ -277,8 +289,8 @@ def test_a_long_text_is_its_beginning(diffusion):
     # by default the sparse side takes the words of the whole text
     (heap,) = diffusion.tokenizer("heap", add_special_tokens=False)["input_ids"][:1]
     text = "array " * 30 + "heap"
-    weights = [DiffRetriever(diffusion, max_passage_tokens=20, content_from=source).encode_passages([text], progress=False)
-               for source in ("whole text", "read text")]  # fmt: skip
+    cut = [DiffRetriever(diffusion, max_passage_tokens=20, content_from=x) for x in ("whole text", "read text")]
+    weights = [retriever.encode_passages([text], progress=False) for retriever in cut]
     assert weights[0].sparse.indices.size >= weights[1].sparse.indices.size
     assert heap not in weights[1].sparse.indices
 
@@ -413,7 +425,8 @@ def lucene_bm25(query: list[str], passages: list[list[str]], k1: float, b: float
 
 def test_bm25_by_hand():
     passages = [
-        "heap queue heap", "binary tree with queue", "sorted array", "array array array tree", "queue", "unrelated words"
+        "heap queue heap", "binary tree with queue", "sorted array", "array array array tree", "queue",
+        "unrelated words",
     ]  # fmt: skip
     terms = [["heap", "queue", "heap"], ["binari", "tree", "queue"], ["sort", "array"],
              ["array", "array", "array", "tree"], ["queue"], ["unrel", "word"]]  # fmt: skip

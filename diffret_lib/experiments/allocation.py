@@ -22,10 +22,11 @@ from sklearn.preprocessing import StandardScaler
 
 from diffret_lib.cache import remember
 from diffret_lib.data.collection import Collection
-from diffret_lib.experiments.comparison import PAIR, RESAMPLES, paired, per_query_best
+from diffret_lib.experiments.comparison import PAIR, QUERY, RESAMPLES, grid_cells, paired, per_query_best
 from diffret_lib.experiments.study import Study, ranking
+from diffret_lib.models.prompts import SIDES
 from diffret_lib.models.readers import MaskedPositions
-from diffret_lib.retrieval.metrics import METRIC, Run, holm
+from diffret_lib.retrieval.metrics import Run, holm
 from diffret_lib.retrieval.search import SELECTION_MODE
 from diffret_lib.retrieval.systems import DiffRetriever
 
@@ -42,7 +43,6 @@ FEATURES = {
 #: Margins (nDCG@10) and penalties (on standardised features) that cross-validation chooses from.
 MARGINS = (0.0, 0.01, 0.02, 0.05, 0.1, np.inf)
 ALPHAS = (1.0, 10.0, 100.0, 1000.0, 10000.0)
-_KEYS = ["collection", "query_id"]
 
 
 @torch.inference_mode()
@@ -88,29 +88,29 @@ def gap_features(run: Run, query_ids: Sequence[str]) -> pd.DataFrame:
 
 
 def query_features(study: Study, collection: Collection, pair: tuple[int, int]) -> pd.DataFrame:
-    """:data:`FEATURES` of a collection's judged queries at the pair (Kq, Kp); index (collection, query_id), sorted."""
-    retriever, ids = study.diffretriever(*pair), sorted(collection.qrels)
+    """:data:`FEATURES` of a collection's judged queries at the pair (Kq, Kp), read as the grid is.
+
+    The index is (collection, query_id), sorted.
+    """
+    retriever, ids = study.diffretriever(*pair, shared_text=study.profile.shared_text_grid), sorted(collection.qrels)
     texts = dict(zip(collection.query_ids, collection.queries, strict=True))
 
     def computed() -> dict[str, list[float]]:
         masks = mask_features(retriever, [texts[q] for q in ids])
-        gaps = gap_features(study.runs(retriever, collection, [SELECTION_MODE])[SELECTION_MODE], ids)
-        return pd.concat([masks, gaps], axis=1).to_dict("list")
+        queries, passages = (study.sides(collection, side)[k] for side, k in zip(SIDES, pair, strict=True))
+        run = ranking(queries, passages, collection, SELECTION_MODE, study.profile.top_k)
+        return pd.concat([masks, gap_features(run, ids)], axis=1).to_dict("list")
 
-    key = study.address([retriever], collection, code=(mask_features, gap_features, ranking))
+    key = study.address([retriever], collection, code=(mask_features, gap_features, DiffRetriever))
     frame = pd.DataFrame(remember("features", key, computed))
-    frame.index = pd.MultiIndex.from_product([[collection.name], ids], names=_KEYS)
+    frame.index = pd.MultiIndex.from_product([[collection.name], ids], names=QUERY)
     return frame[list(FEATURES)].astype(float)
-
-
-def _hybrid(grid: pd.DataFrame) -> pd.DataFrame:
-    return grid[(grid["mode"] == SELECTION_MODE) & (grid["metric"] == METRIC)]
 
 
 def count_values(grid: pd.DataFrame, k_passage: int) -> pd.DataFrame:
     """Hybrid nDCG@10 of every query under each Kq at one Kp; index (collection, query_id), columns Kq."""
-    cells = _hybrid(grid)
-    return cells[cells["k_passage"] == k_passage].pivot(index=_KEYS, columns="k_query", values="value")
+    cells = grid_cells(grid)
+    return cells[cells["k_passage"] == k_passage].pivot(index=QUERY, columns="k_query", values="value")
 
 
 def feature_correlations(features: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
@@ -121,8 +121,8 @@ def feature_correlations(features: pd.DataFrame, grid: pd.DataFrame) -> pd.DataF
     queries; rho and p are nan where a feature does not vary.
     """
     best = per_query_best(grid)
-    best = best[best["ties"] < grid.groupby(PAIR).ngroups].set_index(_KEYS)["k_query"]
-    by_count = _hybrid(grid).groupby([*_KEYS, "k_query"])["value"].mean().unstack("k_query")
+    best = best[best["ties"] < grid.groupby(PAIR).ngroups].set_index(QUERY)["k_query"]
+    by_count = grid_cells(grid).groupby([*QUERY, "k_query"])["value"].mean().unstack("k_query")
     larger = by_count[by_count.columns.max()] - by_count[by_count.columns.min()]
     rows = []
     for target, values in {"best Kq": best, "large over small Kq": larger}.items():
@@ -258,7 +258,7 @@ def allocate(study: Study, queries: pd.DataFrame) -> Allocation:
     features = pd.concat([query_features(study, c, pair) for c in study.test_collections])
     allocator = KAllocator(default=pair[0], seed=seed).fit(train, known)
     chosen = pd.Series(allocator.predict(features.loc[values.index]), values.index)
-    outcome = allocator_table(values, chosen, pair[0], seed=seed, chance=queries.set_index(_KEYS)["chance_kq"])
+    outcome = allocator_table(values, chosen, pair[0], seed=seed, chance=queries.set_index(QUERY)["chance_kq"])
     return Allocation(features, allocator_model_table(allocator, known), outcome)
 
 

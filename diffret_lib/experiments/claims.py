@@ -1,8 +1,8 @@
 """The ledger of the paper's seven claims: tests on the saved tables, and their verdicts.
 
-The tests, their families and directions are written down in ``claims.yaml`` (:func:`declared` shows them), the same for
-every profile.  All are on the out-of-domain collections; p is two-sided, intervals are two-sided at 95 %, over the
-queries of the given collections.  Intervals over collections as well stand beside.  Directions:
+The tests, their families and directions are written down in ``claims.yaml``, the same for every profile.  All are on
+the out-of-domain collections; p is two-sided, intervals are two-sided at 95 %, over the queries of the given
+collections.  Intervals over collections as well stand beside.  Directions:
 
 ``greater``
     A gain: supported when p is below :data:`ALPHA` and the value positive, contradicted when it is as clear and
@@ -67,8 +67,6 @@ PRODUCERS = {
     "grid_per_query": "02_mask_count_ablation", "selected_pair": "02_mask_count_ablation",
     "per_query": "04_evaluation", "oracle_chance": "05_per_query_optimal_k", "claim4_ratios": "06_efficiency",
 }  # fmt: skip
-#: A column that tables of earlier versions lack.
-TYPED = {"oracle_chance": "detectable", "claim4_ratios": "quantity"}
 
 #: What a test has that compares no two systems of a table.
 SOURCES = {
@@ -114,12 +112,6 @@ def _other(test: Row) -> str:
     return comparison_name(test["than"], "zero-shot" if test["than"] == "BM25" else test["training"])
 
 
-def declared() -> pd.DataFrame:
-    """The tests before any number; columns claim, id, family, comparison, training, mode, direction, statistic, bound
-    and counts."""
-    return pd.DataFrame(_planned())[_ABOUT]
-
-
 @dataclass
 class _Saved:
     """The saved tables, of some collections alone where they have collections."""
@@ -137,10 +129,7 @@ class _Saved:
         path = self.folder / "tables" / f"{name}.csv"
         if not path.is_file():
             raise self.missing(f"tables/{name}.csv is not there", name)
-        frame = pd.read_csv(path, dtype={"query_id": str}, keep_default_na=False, na_values=[""])
-        if TYPED.get(name, "") not in ["", *frame]:
-            raise self.missing(f"tables/{name}.csv has no column {TYPED[name]}", name)
-        return frame
+        return pd.read_csv(path, dtype={"query_id": str}, keep_default_na=False, na_values=[""])
 
     @cached_property
     def per_query(self) -> pd.DataFrame:
@@ -190,7 +179,7 @@ def _macro(values: pd.Series) -> float:
 
 def _ratio(saved: _Saved, test: Row) -> Row:
     """The ratio of a number of vectors to one vector."""
-    system, count = test["system"], saved.selected[0] if test["count"] == "selected" else test["count"]
+    count = saved.selected[0] if test["count"] == "selected" else test["count"]
     if count == 1:
         return {"counts": False, "note": "the selected pair has one mask a query"}
     rows = saved.table("claim4_ratios")
@@ -198,8 +187,7 @@ def _ratio(saved: _Saved, test: Row) -> Row:
         rows = rows[rows[column] == test[column]]
     rows = rows[(rows["count"] == count) & (rows["decoding"] != "as answered")]
     if rows.empty:
-        what = f"{system} {count} against one, {test['quantity']}, batch {test['batch']}"
-        raise saved.missing(f"claim4_ratios.csv has no row of {what}", "claim4_ratios")
+        raise saved.missing(f"claim4_ratios.csv has no row of {_label(test | {'count': count})}", "claim4_ratios")
     return rows.iloc[0][["comparison", "value", "low", "high"]].to_dict()
 
 
@@ -219,7 +207,7 @@ def _sourced(saved: _Saved, test: Row) -> Row:
     tuned = "DiffRetriever multi, fine-tuned"
     if test["training"] == "fine-tuned" and tuned in saved.undertrained:
         return {"counts": False, "note": f"{tuned}: {saved.undertrained[tuned]}"}
-    return rows.iloc[0].drop(["kind", "reference", "method", "quantity"]).to_dict()
+    return rows.iloc[0].drop(["kind", "reference", "method"]).to_dict()
 
 
 def decide(direction: str, value: float, low: float, high: float, p: float, p_other: float, bound: float = 0.0) -> str:
@@ -264,7 +252,7 @@ def combine(verdicts: Sequence[str], family: str) -> str:
 class Ledger:
     """All claims of one run of the study.
 
-    ``tests`` has one row a test, in the order of :func:`declared`: its columns, then the numbers of
+    ``tests`` has one row a test, in the order of ``claims.yaml``: what it compares, then the numbers of
     :func:`~diffret_lib.experiments.comparison.paired` with p_corrected (Holm over the claim's tests that count) and
     p_all (Holm over all tests of a gain that count), queries, collections, verdict and note; missing numbers are nan.
     ``verdicts`` has one row a claim: claim, verdict, where (the tests that count by their verdicts), collections,

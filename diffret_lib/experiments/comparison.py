@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +19,7 @@ from diffret_lib.retrieval.metrics import METRIC, Values, holm, macro_average, m
 from diffret_lib.retrieval.search import MODES, SELECTION_MODE
 from diffret_lib.retrieval.systems import BM25
 
-PAIR = ["k_query", "k_passage"]
+PAIR, QUERY = ["k_query", "k_passage"], ["collection", "query_id"]
 Comparison = tuple[str, str, str]
 #: nDCG@10 by collection and query, of each system (:func:`comparison_name`) and mode.
 Systems = Mapping[tuple[str, str], pd.Series]
@@ -60,11 +59,12 @@ def collections_table(study: Study) -> pd.DataFrame:
 
 def heat_map(grid: pd.DataFrame, mode: str) -> pd.DataFrame:
     """Mean over collections of the mean nDCG@10; rows Kq, columns Kp."""
-    means = _cells(grid, mode).groupby([*PAIR, "collection"])["value"].mean()
+    means = grid_cells(grid, mode).groupby([*PAIR, "collection"])["value"].mean()
     return means.groupby(PAIR).mean().unstack("k_passage")
 
 
-def _cells(grid: pd.DataFrame, mode: str = SELECTION_MODE) -> pd.DataFrame:
+def grid_cells(grid: pd.DataFrame, mode: str = SELECTION_MODE) -> pd.DataFrame:
+    """nDCG@10 in one mode."""
     return grid[(grid["mode"] == mode) & (grid["metric"] == METRIC)]
 
 
@@ -88,7 +88,7 @@ def held_out_best(cells: np.ndarray, seed: int = 0, keep: int | None = None) -> 
 def held_out_losses(grid: pd.DataFrame, selected: tuple[int, int], seed: int = 0) -> dict[str, np.ndarray]:
     """What the selected pair loses on each query against :func:`held_out_best`, by collection: float (queries,)."""
     losses = {}
-    for collection, cells in _cells(grid).groupby("collection"):
+    for collection, cells in grid_cells(grid).groupby("collection"):
         values = cells.pivot(index="query_id", columns=PAIR, values="value")
         place = values.columns.get_loc(selected)
         losses[collection] = held_out_best(values.to_numpy(), seed, place) - values[selected].to_numpy()
@@ -105,7 +105,7 @@ def transfer(
     collection, coverage, queries, selected, best_pair, best, loss, held_out_loss, low, high, single (the pair (1, 1)).
     """
     rows, names, losses = [], ["collection", "coverage"], held_out_losses(grid, selected, seed)
-    for (collection, coverage), cells in _cells(grid).groupby(names, sort=False):
+    for (collection, coverage), cells in grid_cells(grid).groupby(names, sort=False):
         means = cells.groupby(PAIR)["value"].mean()
         best = means.idxmax()
         loss, pair, queries = means[best] - means[selected], f"({best[0]}, {best[1]})", cells["query_id"].nunique()
@@ -121,9 +121,9 @@ def per_query_best(grid: pd.DataFrame) -> pd.DataFrame:
 
     Columns collection, query_id, k_query, k_passage, value, ties (pairs of the best value), worst (the lowest value).
     """
-    cells = _cells(grid).assign(cost=lambda d: d["k_query"] * d["k_passage"], loss=lambda d: -d["value"])
-    ordered = cells.sort_values(["collection", "query_id", "loss", "cost", "k_query"], kind="stable")
-    groups = ordered.groupby(["collection", "query_id"], sort=False)
+    cells = grid_cells(grid).assign(cost=lambda d: d["k_query"] * d["k_passage"], loss=lambda d: -d["value"])
+    ordered = cells.sort_values([*QUERY, "loss", "cost", "k_query"], kind="stable")
+    groups = ordered.groupby(QUERY, sort=False)
     best = groups.first()[[*PAIR, "value"]]
     best["ties"] = groups["value"].agg(lambda v: int(np.isclose(v, v.max()).sum()))
     best["worst"] = groups["value"].min()
@@ -185,7 +185,7 @@ def by_system(per_query: pd.DataFrame, collections: Sequence[str]) -> Systems:
     """Values of every system and mode on some collections, indexed by collection and query, sorted."""
     cells = per_query[(per_query["metric"] == METRIC) & per_query["collection"].isin(list(collections))]
     names = [comparison_name(*row) for row in zip(cells["system"], cells["training"])]
-    cells = cells.assign(name=names).set_index(["collection", "query_id"]).sort_index()
+    cells = cells.assign(name=names).set_index(QUERY).sort_index()
     return dict(list(cells.groupby(["name", "mode"])["value"]))
 
 
@@ -211,8 +211,8 @@ def system_intervals(
     cells = per_query[(per_query["metric"] == METRIC) & per_query["collection"].isin(list(collections))]
     for key, own in cells.groupby(keys, sort=False):
         found = paired({c: v["value"].to_numpy() for c, v in own.groupby("collection")}, resamples, seed)
-        rows.append((*key, *list(found.values())[:5]))
-    return pd.DataFrame(rows, columns=[*keys, "value", "low", "high", "low_all", "high_all"])
+        rows.append(dict(zip(keys, key)) | found)
+    return pd.DataFrame(rows)[[*keys, "value", "low", "high", "low_all", "high_all"]]
 
 
 def undertrained(per_query: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, str]:
@@ -236,8 +236,8 @@ def undertrained(per_query: pd.DataFrame, resamples: int = RESAMPLES, seed: int 
 
 
 def comparison_name(system: str, training: str) -> str:
-    """A system's name in comparisons: without the number of tokens it decodes, and fine-tuned if it is."""
-    return re.sub(r" \(N=\d+\)$", "", system) + ("" if training == "zero-shot" else f", {training}")
+    """A system's name in comparisons: "DiffEmbed" before its training, "DiffEmbed, fine-tuned" after it."""
+    return system if training == "zero-shot" else f"{system}, {training}"
 
 
 #: The paired comparisons of the zero-shot study: (better by the paper's claims, than), both in the same mode.

@@ -7,17 +7,19 @@ other, ours (which of the two is the default here), collection, system, mode, qu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+import torch
 
 from diffret_lib.data.collection import Collection
 from diffret_lib.experiments.study import CutBM25, Study, System, macro
+from diffret_lib.models.prompts import RetrievalPrompt
 from diffret_lib.retrieval.metrics import METRIC
 from diffret_lib.retrieval.systems import BM25, DiffEmbed
 
-#: Tokens of a whole input, prompt included, in the authors' scripts.
+#: Tokens of text and prompt in the authors' scripts.
 REFERENCE_LENGTH = 256
 COLUMNS = ["choice", "reference", "other", "ours", "collection", "system", "mode", "queries"]
 COLUMNS += ["ndcg_reference", "ndcg_other", "difference"]
@@ -48,7 +50,7 @@ def departures(study: Study) -> pd.DataFrame:
         ("text of BM25", "whole", "what the others read", "reference",
          {"BM25": BM25()}, {"BM25": CutBM25(here["DiffRetriever single"])}),
     ]  # fmt: skip
-    return pd.concat([_rows(study, [collection], *choice) for choice in choices], ignore_index=True)
+    return pd.concat([_rows(study, collection, *choice) for choice in choices], ignore_index=True)
 
 
 def shared_text_table(study: Study) -> pd.DataFrame:
@@ -64,16 +66,13 @@ def shared_text_table(study: Study) -> pd.DataFrame:
 
 def dtype_table(study: Study) -> pd.DataFrame:
     """What bfloat16 changes in the macro nDCG@10 of every system, on the profile's ``dtype_sample``; or no rows."""
-    sample, taken = study.profile.dtype_sample, str(study.backbone("diffusion").dtype).removeprefix("torch.")
-    if sample is None:
-        return pd.DataFrame(columns=COLUMNS)
     found = {}
-    for dtype in ("float32", "bfloat16"):
-        profile = study.profile.model_copy(update={"dtype": dtype, "sample": sample, "samples": {}})
-        other = Study(profile, study._backbones if dtype == taken else {})
+    for dtype, other in dtype_studies(study).items():
         systems = [system for system in other.systems(study.selected) if not isinstance(system.retriever, BM25)]
         found[dtype] = pd.concat([other.evaluate(system, other.test_collections) for system in systems])
-    ours = "other" if taken == "bfloat16" else "reference"
+    if not found:
+        return pd.DataFrame(columns=COLUMNS)
+    ours = "other" if study.backbone("diffusion").dtype == torch.bfloat16 else "reference"
     name = f"macro of {found['float32']['collection'].nunique()}"
     parts = zip(*(frame.groupby("system", sort=False) for frame in found.values()), strict=True)
     labels = "arithmetic", "float32", "bfloat16", ours
@@ -81,9 +80,20 @@ def dtype_table(study: Study) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
+def dtype_studies(study: Study) -> dict[str, Study]:
+    """The study on the profile's ``dtype_sample``, once in float32 and once in bfloat16; empty without a sample."""
+    sample, studies = study.profile.dtype_sample, {}
+    for dtype in ("float32", "bfloat16") if sample else ():
+        profile = study.profile.model_copy(update={"dtype": dtype, "sample": sample, "samples": {}})
+        taken = study.backbone("diffusion").dtype == getattr(torch, dtype)
+        studies[dtype] = Study(profile, study._backbones if taken else {})
+    return studies
+
+
 def prompt_tokens(study: Study) -> int:
-    """Tokens of a passage's input to DiffRetriever, K = 1, besides those of its text."""
-    return study.diffretriever(1, 1).features([""], "passage")["input_ids"].shape[1]
+    """Tokens of the prompt around a passage, K = 1; the reference's length has no room for the masks and the tail."""
+    prompt = RetrievalPrompt(study.backbone("diffusion").tokenizer, "passage", few_words=False)
+    return len(prompt.left) + len(prompt.right)
 
 
 def departures_summary(table: pd.DataFrame) -> str:
@@ -111,13 +121,13 @@ def _changed(retrievers: Retrievers, **options: Any) -> Retrievers:
 
 
 def _rows(
-    study: Study, collections: Sequence[Collection], choice: str, reference: str, other: str, ours: str,
+    study: Study, collection: Collection, choice: str, reference: str, other: str, ours: str,
     as_reference: Retrievers, as_other: Retrievers,
 ) -> pd.DataFrame:  # fmt: skip
     labels, frames = (choice, reference, other, ours), []
     for name, retriever in as_reference.items():
-        sides = (study.evaluate(System(name, r), collections) for r in (retriever, as_other[name]))
-        frames.append(_compared(*sides, collections[0].name, labels, name))
+        sides = (study.evaluate(System(name, r), [collection]) for r in (retriever, as_other[name]))
+        frames.append(_compared(*sides, collection.name, labels, name))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -47,11 +47,10 @@ def measured(study: Study, measure: Callable[..., pd.DataFrame], *arguments: Any
     p, found = study.profile, hardware()
     machine = {part: found[part] for part in ("cpu", "cores_usable", "gpu", "system")}
     backbones = [(b.fingerprint, b.device.type) for b in map(study.backbone, ("diffusion", "autoregressive"))]
-    settings = p.efficiency.model_dump(), p.k_grid, p.promptreps_vectors, p.seed
-    key = address(
-        [measure], list(arguments), settings, backbones, study.test_collections[0].fingerprint, machine,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    limits = "max_query_tokens", "max_passage_tokens"  # they decide the sparse rows that are searched
+    settings = p.model_dump(include={"efficiency", "k_grid", "promptreps_vectors", "seed", *limits})
+    texts, threads = study.test_collections[0].fingerprint, torch.get_num_threads()
+    key = address([measure], list(arguments), settings, backbones, texts, machine, threads)
     return pd.DataFrame(remember("latency", key, lambda: measure(study, *arguments).to_dict("list")))
 
 
@@ -67,11 +66,11 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 @torch.inference_mode()
 def interleaved(
-    calls: Mapping[Hashable, Callable[[], object]], rounds: int, device: torch.device, desc: str, warm_up: bool = True
+    calls: Mapping[Hashable, Callable[[], object]], rounds: int, device: torch.device, desc: str
 ) -> dict[Hashable, np.ndarray]:
     """Seconds of each call in each round (float, ``rounds`` of them), after a warm-up of each; every other round goes
     backwards."""
-    for call in calls.values() if warm_up else ():
+    for call in calls.values():
         call()
     times: dict[Hashable, list[float]] = {name: [] for name in calls}
     for number in trange(rounds, desc=desc, unit="round"):
@@ -110,21 +109,15 @@ def _used(study: Study, selected: Pair) -> list[Timed]:
 def _systems(study: Study, timed: Collection[Timed], tokens: int) -> dict[Timed, Retriever]:
     """Retrievers that read ``tokens`` tokens of a text; those with one vector are always among them."""
     limits = {"max_query_tokens": tokens, "max_passage_tokens": tokens}
-    diffusion, parent = study.backbone("diffusion"), study.backbone("autoregressive")
-    single = (1, 1)
-    out: dict[Timed, Retriever] = {
-        ("DiffRetriever", "", single): DiffRetriever(diffusion, **limits),
-        ("PromptReps", "", single): PromptReps(parent, **limits),
-        ("DiffEmbed", "", single): DiffEmbed(diffusion, **limits),
-        ("Mean pooling", "", single): MeanPooledAR(parent, **limits),
-        ("RepLLaMA", "", single): RepLLaMA(parent, **limits),
-    }
-    for system, decoding, (kq, kp) in timed:
+    kinds = {"DiffRetriever": DiffRetriever, "PromptReps": PromptReps, "DiffEmbed": DiffEmbed,
+             "Mean pooling": MeanPooledAR, "RepLLaMA": RepLLaMA}  # fmt: skip
+    out: dict[Timed, Retriever] = {(name, "", (1, 1)): study.retriever(kind, **limits) for name, kind in kinds.items()}
+    for system, decoding, pair in timed:
         if system == "DiffRetriever":
-            out[system, decoding, (kq, kp)] = DiffRetriever(diffusion, k_query=kq, k_passage=kp, **limits)
+            out[system, decoding, pair] = study.diffretriever(*pair, **limits)
         else:
             stop = {"stop": "never"} if decoding == FORCED else {}
-            out[system, decoding, (kq, kp)] = PromptReps(parent, max_vectors=kq, **stop, **limits)
+            out[system, decoding, pair] = study.promptreps(pair[0], **stop, **limits)
     return out
 
 
@@ -195,10 +188,10 @@ def claim4_ratios(table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = table[(table["side"] == "query") & (table["quantity"] != SEARCH) & (table["count"] > 1)].copy()
     letter = rows["system"].map({"DiffRetriever": "K", "PromptReps": "N"})
-    rows["comparison"] = [
-        f"{r.system} {k}={r.count_} / {k}=1{', ' * bool(r.decoding)}{r.decoding}, batch {r.batch}, {r.quantity}"
-        for k, r in zip(letter, rows.rename(columns={"count": "count_"}).itertuples())
-    ]
+    decoding = rows["decoding"].map(lambda how: f", {how}" if how else "")
+    counts = letter + "=" + rows["count"].astype(str) + " / " + letter + "=1"
+    batch = ", batch " + rows["batch"].astype(str)
+    rows["comparison"] = rows["system"] + " " + counts + decoding + batch + ", " + rows["quantity"]
     rows = rows.assign(value=rows["ratio"], low=rows["ratio_low"], high=rows["ratio_high"], unit="times")
     rows = rows.sort_values(["quantity", "batch", "system", "count", "decoding"], kind="stable", ignore_index=True)
     columns = "comparison quantity system decoding count batch used passages rounds value low high unit"

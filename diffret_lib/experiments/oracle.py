@@ -24,13 +24,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from diffret_lib.data.collection import Collection
-from diffret_lib.experiments.comparison import PAIR, RESAMPLES, held_out_best, paired
+from diffret_lib.experiments.comparison import PAIR, QUERY, RESAMPLES, held_out_best, paired
 from diffret_lib.experiments.study import Study
 from diffret_lib.retrieval.metrics import METRIC
 from diffret_lib.retrieval.search import SELECTION_MODE, rank
 
 Pair = tuple[int, int]
-_KEYS = ["collection", "query_id"]
 
 
 def pair_distribution(best: pd.DataFrame, grid_values: Sequence[int]) -> pd.DataFrame:
@@ -47,23 +46,25 @@ def read_fine_tuned(path: Path, selected: Pair) -> pd.Series | None:
     """
     if not path.is_file():
         return None
-    rows = pd.read_csv(path, dtype={"query_id": str})
+    rows = pd.read_csv(path, dtype={"query_id": str}, keep_default_na=False, na_values=[""])
     rows = rows[(rows["training"] == "fine-tuned") & (rows["system"] == "DiffRetriever multi")]
     rows = rows[(rows["mode"] == SELECTION_MODE) & (rows["metric"] == METRIC)]
     rows = rows[(rows["k_query"] == selected[0]) & (rows["k_passage"] == selected[1])]
-    return rows.set_index(_KEYS)["value"] if len(rows) else None
+    return rows.set_index(QUERY)["value"] if len(rows) else None
 
 
 class QueryScores(NamedTuple):
     """Scores of a query's passages under every pair (float32 [M, P], rows standardised), and their relevance [P].
 
     Columns are the passages that some pair retrieves and the relevant ones, in the order of the collection; a passage
-    that a pair does not retrieve has its least score.
+    that a pair does not retrieve has the pair's least score.  ``missing`` has the grades above 0 of judged passages
+    that are not there: they count in the ideal ranking.
     """
 
     query_id: str
     scores: np.ndarray
     relevance: np.ndarray
+    missing: Sequence[float] = ()
 
 
 class GridScores(NamedTuple):
@@ -91,7 +92,9 @@ def grid_scores(study: Study, collection: Collection) -> GridScores:
         union = ~np.isnan(scores).all(0) | (relevance > 0)
         scores = scores[:, union]
         least = np.nan_to_num(np.nanmin(scores, axis=1, keepdims=True, initial=np.inf), posinf=0.0)
-        out.append(QueryScores(query, _standardised(np.where(np.isnan(scores), least, scores)), relevance[union]))
+        scores = _standardised(np.where(np.isnan(scores), least, scores))
+        missing = [float(judged[p]) for p in collection.missing if judged.get(p, 0) > 0]
+        out.append(QueryScores(query, scores, relevance[union], missing))
     return GridScores(pairs, out)
 
 
@@ -100,17 +103,18 @@ def _standardised(scores: np.ndarray) -> np.ndarray:
     return (scores / np.maximum(scores.std(1, keepdims=True), 1e-9)).astype(np.float32)
 
 
-def ndcg(scores: np.ndarray, relevance: np.ndarray, depth: int = 10) -> np.ndarray:
+def ndcg(scores: np.ndarray, relevance: np.ndarray, depth: int = 10, missing: Sequence[float] = ()) -> np.ndarray:
     """nDCG of many rankings of the same passages (float64 [...]); of equal scores the first passage stands first.
 
-    Scores are [..., P], relevance is [P]; without any above 0 all is 0.  :mod:`ranx` gives the same, one run at a time.
+    Scores are [..., P], relevance is [P]; without any above 0 all is 0.  ``missing`` are grades of relevant passages
+    that are not among the P, which the ideal ranking has too.  :mod:`ranx` gives the same, one run at a time.
     """
     gain = np.zeros(scores.shape[:-1])
     for i in np.flatnonzero(relevance > 0):
         own = scores[..., i : i + 1]
         above = (scores > own).sum(-1) + (scores[..., :i] == own).sum(-1)
         gain += np.where(above < depth, relevance[i] / np.log2(above + 2), 0.0)
-    best = np.sort(relevance[relevance > 0])[::-1][:depth]
+    best = np.sort([*relevance[relevance > 0], *missing])[::-1][:depth]
     return gain / max((best / np.log2(np.arange(len(best)) + 2)).sum(), 1e-12)
 
 
@@ -136,7 +140,7 @@ def random_twins(scores: Mapping[str, GridScores], *, draws: int = 499, stratum:
     twins = Twins(next(iter(scores.values())).pairs, {}, {}, {})
     for collection, grid in scores.items():
         twins.queries[collection] = [q.query_id for q in grid.queries]
-        twins.observed[collection] = np.stack([ndcg(q.scores, q.relevance) for q in grid.queries])
+        twins.observed[collection] = np.stack([ndcg(q.scores, q.relevance, missing=q.missing) for q in grid.queries])
         twins.drawn[collection] = np.empty((draws, *twins.observed[collection].shape), np.float32)
         for i, query in enumerate(tqdm(grid.queries, desc=f"{collection}: random twins", unit="query")):
             twins.drawn[collection][:, i] = _twin_values(query, draws, stratum, rng)
@@ -155,20 +159,18 @@ def _twin_values(query: QueryScores, draws: int, stratum: int, rng: np.random.Ge
         # sorting by stratum and then by a random number permutes within strata
         keys = strata + rng.random((min(block, draws - start), len(order)))
         twins = consensus + departures[:, np.argsort(keys, axis=1)]  # [M, block, P]
-        values.append(ndcg(twins, relevance).T)
+        values.append(ndcg(twins, relevance, missing=query.missing).T)
     return np.concatenate(values)
 
 
-def oracle_queries(
-    twins: Twins, selected: Pair, *, seed: int = 0, fine_tuned: pd.Series | None = None
-) -> pd.DataFrame:
+def oracle_queries(twins: Twins, selected: Pair, *, seed: int = 0, fine_tuned: pd.Series | None = None) -> pd.DataFrame:
     """nDCG@10 of each query by the oracle and by fixed pairs, from which the tables below are made.
 
     Columns collection, query_id, oracle, best_fixed (:func:`~diffret_lib.experiments.comparison.held_out_best`),
-    selected, single (the first pair of the grid), fine_tuned (of :func:`read_fine_tuned`; nan without it), pairs and
-    twins (means over the pairs of the grid, and of twins), chance and chance_selected (headroom of the twins' oracle
-    over their own best fixed pair, and over the selected one, mean over draws), chance_kq (the latter where the oracle
-    chooses Kq alone) and tied (whether all pairs are equally good).  ValueError: fine-tuned values of other queries.
+    selected, single (the first pair of the grid), fine_tuned (of :func:`read_fine_tuned`; nan without it), chance and
+    chance_selected (headroom of the twins' oracle over their own best fixed pair, and over the selected one, mean over
+    draws), chance_kq (the latter where the oracle chooses Kq alone) and tied (whether all pairs are equally good).
+    ValueError: fine-tuned values of other queries.
     """
     place, same_kp = twins.pairs.index(selected), [i for i, pair in enumerate(twins.pairs) if pair[1] == selected[1]]
     frames = []
@@ -177,7 +179,7 @@ def oracle_queries(
         best, own = drawn.max(-1), drawn[..., place]
         columns = {
             "oracle": values.max(1), "best_fixed": held_out_best(values, seed), "selected": values[:, place],
-            "single": values[:, 0], "pairs": values.mean(1), "twins": drawn.mean((0, 2), dtype=float),
+            "single": values[:, 0],
             "chance": (best - held_out_best(drawn, seed)).mean(0), "chance_selected": (best - own).mean(0, dtype=float),
             "chance_kq": (drawn[..., same_kp].max(-1) - own).mean(0, dtype=float),
             "tied": np.isclose(values, values[:, :1]).all(1),
@@ -227,9 +229,9 @@ def oracle_chance(
     """Headroom of the oracle, its chance level and the part beyond chance; macro over some collections.
 
     ``queries`` is from :func:`oracle_queries`, with the same ``seed``; a resample of the queries has its own chance
-    level.  Columns method, quantity, reference ("best fixed", "selected" or "fine-tuning"), kind
-    ("headroom", "chance", "beyond chance") and those of :func:`~diffret_lib.experiments.comparison.paired`.  p is
-    two-sided; beyond chance over the best fixed pair it is that of the permutation test, twice the smaller tail.
+    level.  Columns method, reference ("best fixed", "selected" or "fine-tuning"), kind ("headroom", "chance", "beyond
+    chance") and those of :func:`~diffret_lib.experiments.comparison.paired`.  p is two-sided; beyond chance over the
+    best fixed pair it is that of the permutation test, twice the smaller tail.
     """
     queries, rows = queries[queries["collection"].isin(list(collections))], []
     parts = {"best fixed": ("best_fixed", "chance"), "selected": ("selected", "chance_selected"),
@@ -241,8 +243,7 @@ def oracle_chance(
         values = {"headroom": headroom, "chance": queries[chance], "beyond chance": headroom - queries[chance]}
         for kind, of_kind in values.items():
             by_collection = {c: v.to_numpy() for c, v in of_kind.groupby(queries["collection"])}
-            about = {"method": "raw" if kind == "headroom" else "random twins", "quantity": f"{kind} over {reference}"}
-            about |= {"reference": reference, "kind": kind}
+            about = {"method": "raw" if kind == "headroom" else "random twins", "reference": reference, "kind": kind}
             rows.append(about | paired(by_collection, resamples, seed))
     levels, observed = twin_levels(twins, collections, seed)
     tails = [np.sum(levels >= observed - 1e-9), np.sum(levels <= observed + 1e-9)]

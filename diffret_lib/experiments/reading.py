@@ -58,7 +58,7 @@ def mask_words_table(study: Study, texts: Sequence[str]) -> tuple[pd.DataFrame, 
     words, shares = pd.DataFrame({"passage": [text[:60].replace("\n", " ") + " ..." for text in texts]}), []
     for name, retriever in readings.items():
         rows = predicted_tokens(retriever, texts)
-        words[name] = [_joined(row, " ") for row in rows]
+        words[name] = [" ".join(map(_printable, row)) for row in rows]
         shares.append({"reading": name, **pd.DataFrame(map(share_of_content, rows, texts)).mean()})
     return words, pd.DataFrame(shares)
 
@@ -72,12 +72,8 @@ def reading_table(study: Study, texts: Sequence[str], side: Side) -> pd.DataFram
     }  # fmt: skip
     table = pd.DataFrame({"text": [t[:70].replace("\n", " ") for t in texts]})
     for name, retriever in readings.items():
-        table[name] = [_joined(row, "·") for row in predicted_tokens(retriever, texts, side)]
+        table[name] = ["·".join(map(_printable, row)) for row in predicted_tokens(retriever, texts, side)]
     return table
-
-
-def _joined(tokens: Sequence[str], by: str) -> str:
-    return by.join(t.strip() or "␣" for t in tokens)
 
 
 def self_similarity_table(study: Study, collection: Collection) -> pd.DataFrame:
@@ -102,10 +98,8 @@ def mean_self_similarity(representations: Representations) -> float:
 
 def mask_words(retriever: Retriever, texts: Sequence[str], side: Side) -> list[list[str]]:
     """The greedy token at each position of each text, numbered from 1 ("1 heap"); a token of spaces alone is "␣"."""
-    return [
-        [f"{i} {_printable(token)}" for i, token in enumerate(row, 1)]
-        for row in predicted_tokens(retriever, texts, side)
-    ]
+    rows = predicted_tokens(retriever, texts, side)
+    return [[f"{i} {_printable(token)}" for i, token in enumerate(row, 1)] for row in rows]
 
 
 def _printable(token: str) -> str:
@@ -168,8 +162,8 @@ class Explorer:
         self._bm25 = self.bm25.encode_passages(self.collection.passages)
 
     def _side(self, side: Side) -> Representations:
-        grid = self.study.profile.k_grid
-        if self.system == "DiffRetriever" and set(self.pair) <= set(grid):
+        profile = self.study.profile
+        if self.system == "DiffRetriever" and profile.shared_text_grid and set(self.pair) <= set(profile.k_grid):
             return self.study.sides(self.collection, side)[self.pair[SIDES.index(side)]]
         return self.study.encode(self.retriever, self.collection, side)
 

@@ -19,8 +19,8 @@ def stage_backbones(study: Study) -> dict[str, LoadedBackbone]:
     """Backbones by the name of what they are: the parent with bidirectional attention, then the profile's, in order."""
     names = study.profile.backbones
     bare = load_backbone(names.text_only or names.diffusion, adapter="none", dtype=study.profile.dtype)
-    families = ("text_only", "diffusion") if names.text_only else ("diffusion",)
-    return {UNADAPTED: bare} | {getattr(names, family): study.backbone(family) for family in families}
+    roles = ("text_only", "diffusion") if names.text_only else ("diffusion",)
+    return {UNADAPTED: bare} | {getattr(names, role): study.backbone(role) for role in roles}
 
 
 def stage_retrieval(study: Study, collection: Collection) -> pd.DataFrame:
@@ -43,7 +43,7 @@ def stage_retrieval(study: Study, collection: Collection) -> pd.DataFrame:
 
 
 def texts_kept_apart(study: Study) -> list[str]:
-    """Passages and queries of the profile's collections that are no docstrings: no text to train on may share a run."""
+    """Passages and queries of test collections that are no docstrings; text to train on must not repeat them."""
     collections = [c for c in study.test_collections if not c.name.startswith("pydocs/")]
     return [text for c in collections for text in (*c.passages, *c.queries)]
 
@@ -58,7 +58,7 @@ def in_words(losses: pd.DataFrame, retrieval: pd.DataFrame) -> str:
     )
     best = retrieval[(retrieval["system"] == "DiffRetriever") & (retrieval["K"] == max(COUNTS))].set_index("backbone")
     return (
-        f"The adaptation makes the parent a model that fills masked text: at {ratio} its held-out cross-entropy falls "
-        f"{change}. Zero-shot DiffRetriever (K = {max(COUNTS)}, dense) rises from {best.loc[first, 'dense']:.3f} to "
+        f"The adaptation makes the parent a model that fills masked text: at {ratio} its held-out cross-entropy goes "
+        f"{change}. Zero-shot DiffRetriever (K = {max(COUNTS)}, dense) goes from {best.loc[first, 'dense']:.3f} to "
         f"{best.loc[last, 'dense']:.3f} nDCG@10."
     )

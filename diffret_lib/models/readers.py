@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from sentence_transformers.base.modules import InputModule
@@ -42,7 +42,7 @@ class Reader(InputModule):
     """
 
     config_file_name = "reader_config.json"
-    config_keys = ["max_query_tokens", "max_passage_tokens"]
+    config_keys: ClassVar[list[str]] = ["max_query_tokens", "max_passage_tokens"]
     has_sparse = False  # whether ``sentence_embedding`` is written
     decoded = 0  # tokens that are put after the features, at most
 
@@ -146,7 +146,7 @@ class PromptReader(Reader):
     reference, or of the text that is read, where it is cut.
     """
 
-    config_keys = [*Reader.config_keys, "content_from"]
+    config_keys: ClassVar[list[str]] = [*Reader.config_keys, "content_from"]
     has_sparse = True
 
     def __init__(self, *args: Any, content_from: ContentFrom = "whole text", **kwargs: Any) -> None:
@@ -191,10 +191,9 @@ class PromptReader(Reader):
         return out | {"sentence_embedding": sparse} | self.dense(hidden, torch.cat(counts))
 
     def before_special(self, predicted_ids: Tensor) -> Tensor:
-        """Mark the positions that count: those before a special token; one at the first position has no effect."""
+        """Mark the positions that count: those before the first special token; all, if that is at the first."""
         special = torch.isin(predicted_ids, self.special_ids)
-        special[:, 0] = False
-        return special.long().cumsum(1) == 0
+        return (special.cumsum(1) == 0) | special[:, :1]
 
     def content_weights(self, logits: Tensor, valid: Tensor, content_ids: Tensor) -> Tensor:
         """log(1 + ReLU(logit)) at the content tokens, the largest over the positions; float32 [batch, C]."""
@@ -214,7 +213,9 @@ class MaskedPositions(PromptReader):
     number of counts: see :class:`~diffret_lib.models.shared_text.Branches`.
     """
 
-    config_keys = [*PromptReader.config_keys, "mask_id", "k_query", "k_passage", "prediction_shift", "shared_text"]
+    config_keys: ClassVar[list[str]] = [
+        *PromptReader.config_keys, "mask_id", "k_query", "k_passage", "prediction_shift", "shared_text"
+    ]  # fmt: skip
 
     def __init__(
         self, *args: Any, mask_id: int, k_query: int = 1, k_passage: int = 1, prediction_shift: bool = True,
@@ -282,7 +283,7 @@ class NextTokens(PromptReader):
     pass over prompt and decoded tokens reads the same positions.
     """
 
-    config_keys = [*PromptReader.config_keys, "max_vectors", "stop"]
+    config_keys: ClassVar[list[str]] = [*PromptReader.config_keys, "max_vectors", "stop"]
 
     def __init__(self, *args: Any, max_vectors: int = 1, stop: Stop = "quote", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

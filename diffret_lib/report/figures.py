@@ -156,9 +156,8 @@ def per_collection(table: pd.DataFrame) -> Figure:
     ``table`` is the long one of means: training, system, mode, collection, metric and value.
     """
     rows = table[(table["metric"] == METRIC) & (table["mode"] != "mean")]
-    rows = rows.sort_values("mode", key=lambda mode: mode != SELECTION_MODE, kind="stable").sort_index(kind="stable")
     best = rows["mode"] == SELECTION_MODE
-    alone = ~rows.set_index(["training", "system"]).index.isin(rows[best].set_index(["training", "system"]).index)
+    alone = ~best.groupby([rows["training"], rows["system"]]).transform("any")
     rows = _named(rows[best | alone]).assign(collection=lambda d: d["collection"].str.removeprefix("pydocs/"))
     trainings, n = rows["training"].unique(), rows["collection"].nunique()
     fig, axes = _panels(len(trainings), 0.27 * n + 0.7, sharex=True)

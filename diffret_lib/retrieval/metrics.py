@@ -6,12 +6,10 @@ per-query values are in the order of the sorted query ids of the qrels, so that 
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import ranx
@@ -19,7 +17,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from diffret_lib.cache import write_text
-from diffret_lib.data.checks import identifier, judge, numbered_lines, numbers_by_id, strings
+from diffret_lib.data.checks import identifier, numbers_by_id, strings
 
 #: The metric by which pairs are selected and claims are judged.
 METRIC = "ndcg@10"
@@ -122,52 +120,13 @@ def save_run(run: Run, path: str | os.PathLike[str], tag: str = "run") -> None:
     _write_columns(path, rows)
 
 
-def load_run(path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
-    """Read a run of TREC's format, as :func:`save_run` writes it; passages in the order of the lines.
-
-    ValueError, naming file and line: text that is not UTF-8, not six columns, a score that is no finite number, a
-    passage that a query has twice.
-    """
-    run: dict[str, dict[str, float]] = {}
-    for place, (query, _, passage, _, score, _) in _read_columns(path, 6):
-        ranked = run.setdefault(query, {})
-        if passage in ranked:
-            raise ValueError(f"{place}: query {query!r} has passage {passage!r} twice")
-        try:
-            ranked[passage] = float(score)
-        except ValueError:
-            ranked[passage] = math.nan
-        if not math.isfinite(ranked[passage]):
-            raise ValueError(f"{place}: the score must be a finite number, got {score!r}")
-    return run
-
-
 def save_qrels(judgements: Qrels, path: str | os.PathLike[str]) -> None:
     """Write judgements (``query 0 passage relevance``); errors as of :func:`save_run`."""
     numbers_by_id("qrels", judgements, whole=True)
     _write_columns(path, [(q, "0", p, str(grade)) for q, judged in judgements.items() for p, grade in judged.items()])
 
 
-def load_qrels(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
-    """Read judgements of TREC's format; the same one twice counts once.  ValueError as of :func:`load_run`."""
-    qrels: dict[str, dict[str, int]] = {}
-    for place, (query, _, passage, grade) in _read_columns(path, 4):
-        try:
-            judge(qrels, query, passage, grade)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-    return qrels
-
-
 def _write_columns(path: str | os.PathLike[str], rows: Sequence[Sequence[str]]) -> None:
     for text in {text for row in rows for text in row}:
         identifier(text)
     write_text(path, "".join(" ".join(row) + "\n" for row in rows))
-
-
-def _read_columns(path: str | os.PathLike[str], columns: int) -> Iterator[tuple[str, list[str]]]:
-    for number, line in numbered_lines(Path(path)):
-        cells = line.split()
-        if len(cells) != columns:
-            raise ValueError(f"{path}:{number}: {columns} columns separated by white space are needed, got {line!r}")
-        yield f"{path}:{number}", cells

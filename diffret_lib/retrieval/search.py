@@ -53,7 +53,8 @@ def single_search(queries: Representations, passages: Representations, top_k: in
     def top(rows: slice) -> _Best:
         return _top(vectors @ torch.from_numpy(mean_vectors(passages, rows)).T, top_k, rows)
 
-    return _merge_blocks(top, len(queries), len(passages), top_k, max(len(queries), passages.vectors * vectors.shape[1]))
+    size = max(len(queries), passages.vectors * vectors.shape[1])
+    return _merge_blocks(top, len(queries), len(passages), top_k, size)
 
 
 def sparse_search(queries: Representations, passages: Representations, top_k: int) -> Ranking:
@@ -177,10 +178,12 @@ def rank(
         if excluded is None:
             return search(queries, passages, top_k)
         scores, indices = search(queries, passages, top_k + 1)
-        own = indices == excluded[:, None]
-        scores, indices = np.where(own, scores[:, -1:], scores), np.where(own, -1, indices)
-        order = np.argsort(own, axis=1, kind="stable")[:, :top_k]  # the own one last, with the least score
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(indices, order, 1)
+        order = np.argsort(indices == excluded[:, None], axis=1, kind="stable")  # the excluded one last
+        scores, indices = np.take_along_axis(scores, order, 1), np.take_along_axis(indices, order, 1)
+        left_out = indices[:, -1] == excluded
+        indices[left_out, -1] = -1
+        scores[left_out, -1] = scores[left_out, -2:][:, 0]  # the least of the others: a hybrid is normalised by it
+        return scores[:, :top_k], indices[:, :top_k]
 
     dense = single_search if mode == "mean" or queries.vectors == passages.vectors == 1 else maxsim_search
     if mode == "hybrid":

@@ -187,7 +187,11 @@ class Retriever(System):
 
 
 def encode_shard(
-    reader: Reader, texts: list[str], side: Side, batch_tokens: int, counts: Sequence[int],
+    reader: Reader,
+    texts: list[str],
+    side: Side,
+    batch_tokens: int,
+    counts: Sequence[int],
     advance: Callable[[int], Any],
 ) -> dict[int, Representations]:
     """Encode texts, equal ones once, in batches of similar length, at each of ``counts`` numbers of vectors.
@@ -259,9 +263,9 @@ class DiffRetriever(Retriever):
     """K masked positions of a diffusion LM, read after one forward pass (arXiv 2605.07210).
 
     ``k_query`` and ``k_passage`` are the numbers of masks (Kq, Kp), 1 by default.  ``shifted`` reads token i at
-    position i - 1 (True) or at i; by default what the backbone's family does.  ``content_from``: the sparse side's
-    words are those of the "whole text" (default), or of the "read text".  ``shared_text``, not in the paper, reads a
-    text without a look at its masks, and so any number of K in one pass (:meth:`encode_counts`).
+    position i - 1 (True) or at i; by default as the backbone's ``prediction_shift`` says.  ``content_from``: the words
+    of the sparse side are those of the "whole text" (default), or of the "read text".  ``shared_text``, not in the
+    paper, reads a text without a look at its masks, and so any number of K in one pass (:meth:`encode_counts`).
     """
 
     name = "DiffRetriever"

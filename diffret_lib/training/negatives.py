@@ -7,7 +7,7 @@ neither with BM25 nor by a hybrid of MaxSim and sparse scores.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import pandas as pd
 
@@ -37,35 +37,36 @@ def mine_hard_negatives(collection: Collection, runs: Mapping[str, Run], n: int,
     texts = dict(zip(collection.passage_ids, collection.passages, strict=True))
     names, rows = list(runs), []
     for place, query_id in enumerate(collection.query_ids):
-        taken = {texts[p] for p in collection.relevant(query_id)}
-        if not taken:
+        relevant = {texts[p] for p in collection.relevant(query_id)}
+        if not relevant:
             continue
         shift = place % max(1, len(names))
         rankings = []
         for name in names[shift:] + names[:shift]:
             scores = runs[name].get(query_id, {})
-            rankings.append([(p, name) for p in sorted(scores, key=scores.get, reverse=True) if texts[p] not in taken])
-        mined = [found for turn in zip_longest(*rankings) for found in turn if found is not None]
-        order = seeded_order(collection.passage_ids, f"negatives {seed} {query_id}")
-        chosen: list[tuple[str, str, str]] = []
-        for passage_id, source in [*mined, *((p, "random") for p in order)]:
-            if texts[passage_id] not in taken:
-                chosen.append((query_id, passage_id, source))
-                taken.add(texts[passage_id])
+            best_first = sorted(scores, key=scores.get, reverse=True)
+            rankings.append([(p, name) for p in best_first if texts[p] not in relevant])
+        chosen: dict[str, tuple[str, str, str]] = {}  # by their texts
+        for passage_id, source in filter(None, chain.from_iterable(zip_longest(*rankings))):
+            chosen.setdefault(texts[passage_id], (query_id, passage_id, source))
+        if len(chosen) < n:
+            for passage_id in seeded_order(collection.passage_ids, f"negatives {seed} {query_id}"):
+                if texts[passage_id] not in relevant:
+                    chosen.setdefault(texts[passage_id], (query_id, passage_id, "random"))
         if len(chosen) < n:
             raise ValueError(
                 f"{collection.name}: query {query_id!r} has only {len(chosen)} passages that are not relevant, and {n} "
                 "negatives are asked for; ask for fewer, or take a larger sample of passages"
             )
-        rows += chosen[:n]
+        rows += list(chosen.values())[:n]
     return pd.DataFrame(rows, columns=["query_id", "passage_id", "source"])
 
 
 def negatives_table(collection: Collection, negatives: pd.DataFrame) -> pd.DataFrame:
-    """One row: collection, coverage, queries, passages, negatives per query, and the share of each source."""
+    """One row: collection, coverage, queries, passages, negatives of a query, and the share of each source."""
     shares = negatives["source"].value_counts(normalize=True).sort_index().add_prefix("share_")
     row = {
         "collection": collection.name, "coverage": collection.coverage, "queries": len(collection.queries),
-        "passages": len(collection.passages), "negatives_per_query": len(negatives) // len(collection.queries),
+        "passages": len(collection.passages), "negatives_per_query": len(negatives) // negatives["query_id"].nunique(),
     }  # fmt: skip
     return pd.DataFrame([row | shares.to_dict()])
