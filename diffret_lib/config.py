@@ -137,16 +137,15 @@ class Efficiency(_Model):
     """The measurements of notebook 06.
 
     ``counts`` are numbers of masks or decoded tokens, ``text_tokens`` and ``batch_sizes`` what is encoded in a call,
-    ``index_sizes`` vectors of the searched indexes.  ``repeats`` are the timed calls behind every median,
-    ``query_repeats`` those behind claim 4: fewer than six give no interval.
+    ``index_sizes`` vectors of the searched indexes.  ``rounds`` are the timed calls behind every median: fewer than six
+    give no interval.
     """
 
     counts: Counts
     text_tokens: Counts
     batch_sizes: Counts
     index_sizes: Counts
-    repeats: Count
-    query_repeats: Count
+    rounds: Count
 
     @field_validator("counts")
     @classmethod
@@ -188,7 +187,6 @@ class Profile(_Model):
     promptreps_vectors: Count
     top_k: Count
     batch_tokens: Count
-    bootstrap_resamples: int = Field(ge=2)
     adaptation: Adaptation
     training: Training
     efficiency: Efficiency

@@ -92,7 +92,7 @@ def publish(work: Path) -> None:
             log=f"training_log.json (of {ANSWERS})",
             collections=", ".join(PACKAGES),
             held_out=", ".join(HELD_OUT_PACKAGES),
-            recipes=pd.DataFrame(log["recipes"]).set_index("stage").T.to_markdown(),
+            recipes=pd.DataFrame(log["recipes"], dtype=object).set_index("stage").T.to_markdown(disable_numparse=True),
             losses=losses.reset_index().to_markdown(index=False, floatfmt=".2f"),
         )
         write_text(target / "README.md", card)

@@ -52,8 +52,11 @@ def _cache(monkeypatch, tmp_path):
 
 
 def test_registry_holds_the_embedded_pair():
-    child, parent = get_backbone("smollm2-135m-diffusion"), get_backbone("smollm2-135m-instruct")
-    assert (child.family, child.mask_token, child.prediction_shift) == ("diffusion", "<file_sep>", True)
+    names = "smollm2-135m-diffusion", "smollm2-135m-diffusion-text", "smollm2-135m-instruct"
+    child, text, parent = map(get_backbone, names)
+    assert (child.source.parent, text.source.parent) == (text.name, parent.name)
+    for diffusion in (child, text):
+        assert (diffusion.family, diffusion.mask_token, diffusion.prediction_shift) == ("diffusion", "<file_sep>", True)
     assert parent.family == "autoregressive" and not parent.prediction_shift
     assert parent.source.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     assert adapter_path("smollm2-135m-diffusion").parts[-2:] == ("adapters", "smollm2-135m-diffusion")

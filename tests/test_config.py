@@ -91,7 +91,7 @@ def test_frozen_and_fingerprint_follows_the_content(tmp_path, content):
         ),
         ({"sample": {"queries": 5, "passages": 6, "hard": -1}}, ["sample.hard: ", "(got -1)"]),
         ({"samples": {"ir/npl": {"queries": None}}}, ["samples.ir/npl.passages: the key is missing"]),
-        ({"efficiency": {"counts": [0]}}, ["efficiency.counts.0: ", "efficiency.repeats: the key is missing"]),
+        ({"efficiency": {"counts": [0]}}, ["efficiency.counts.0: ", "efficiency.rounds: the key is missing"]),
         ({"backbones": {"diffusion": "x", "autoregressive": ""}}, ["backbones.autoregressive: "]),
         ({"test_collections": "pydocs/numpy"}, ["test_collections: ", "list"]),
         ({"name": "other"}, ["name: 'other' must be 'smoke'"]),

@@ -34,7 +34,7 @@ KEYS = ["quantity", "system", "decoding", "side", "count", "k_passage", "batch",
 def study(world):  # noqa: F811
     s, _ = world
     settings = {"counts": [1, 2, 5], "text_tokens": [8, 16], "batch_sizes": [1, 3], "index_sizes": [100, 10**9],
-                "query_repeats": 7}  # fmt: skip
+                "rounds": 7}  # fmt: skip
     return changed(s, sample={"queries": 4, "passages": 8}, efficiency=s.profile.efficiency.model_dump() | settings)
 
 

@@ -72,7 +72,6 @@ def world(tmp_path_factory):
             "sample": {"queries": 4, "passages": 8, "hard": 1},
             "train_sample": {"queries": None, "passages": None},
             "departures": {"queries": 3, "passages": 7, "hard": 1},
-            "bootstrap_resamples": 50,
         }
     )
     loaded = []

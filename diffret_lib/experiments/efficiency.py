@@ -142,7 +142,7 @@ def latency(study: Study, selected: Pair) -> pd.DataFrame:
         calls = {key: partial(_encode, retriever, texts, "query") for key, retriever in systems.items()}
         # an index for each system that the study has; the others are curves of encoding alone
         searches, passages = _index(study, {pair for *_, pair in used} | {(1, 1)}, batch)
-        times = interleaved(calls | searches, p.query_repeats, device, desc=f"{batch} queries at once")
+        times = interleaved(calls | searches, p.rounds, device, desc=f"{batch} queries at once")
         for (system, decoding, pair), retriever in systems.items():
             single = (system, "", (1, 1))
             about = {"system": system, "decoding": decoding, "side": "query", "count": pair[0], "k_passage": pair[1],
@@ -160,7 +160,7 @@ def latency(study: Study, selected: Pair) -> pd.DataFrame:
     for tokens in sorted(p.text_tokens):
         systems, texts = _systems(study, most, tokens), long_texts(study, tokens, 1)
         calls = {key: partial(_encode, retriever, texts, "passage") for key, retriever in systems.items()}
-        times = interleaved(calls, p.query_repeats, device, desc=f"a passage of {tokens} tokens")
+        times = interleaved(calls, p.rounds, device, desc=f"a passage of {tokens} tokens")
         for system, decoding, pair in systems:
             about = {"quantity": ENCODING, "system": system, "decoding": decoding, "side": "passage", "count": pair[1],
                      "k_passage": pair[1], "used": True, "batch": 1, "text_tokens": tokens, "passages": 0}  # fmt: skip
@@ -232,7 +232,7 @@ def search_latency(study: Study, selected: Pair) -> pd.DataFrame:
                 rows.append(row | {"note": f"left out: {MEMORY_SHARE:.0%} of the free memory take {n:,} passages"})
                 continue
             calls = {k: call for k, call in calls.items() if k != SPARSE or pair == (1, 1)}
-            times = interleaved(calls, study.profile.efficiency.query_repeats, torch.device("cpu"), desc="searching")
+            times = interleaved(calls, study.profile.efficiency.rounds, torch.device("cpu"), desc="searching")
             rows += [row | {"index": kinds[k], "rounds": len(t)} | median_interval(t * 1000) for k, t in times.items()]
     columns = "index vectors passages rounds value low high unit note"
     return pd.DataFrame(rows).reindex(columns=columns.split())
