@@ -17,7 +17,8 @@ override ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA))
 override PY := $(or $(ACTIVE),$(CURDIR)/.venv)/bin/python
 export ACTIVE PY
 
-override NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
+override LEFT_OUT  := $(value LEFT_OUT)
+override NOTEBOOKS := $(filter-out $(LEFT_OUT),$(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb)))))
 override PROFILES  := $(sort $(basename $(notdir $(wildcard notebooks/profiles/*.yml))))
 override KNOWN     := $(if $(filter 1,$(words $(PROFILE))),$(filter $(PROFILES),$(PROFILE)))
 override BUILD     := build/$(KNOWN)
@@ -79,7 +80,8 @@ run: $(NOTEBOOKS:%=$(BUILD)/%.done)
 
 # Which notebook reads what another one found.
 $(BUILD)/03_training.done: $(BUILD)/02_mask_count_ablation.done
-$(BUILD)/04_evaluation.done: $(BUILD)/03_training.done
+$(BUILD)/04_evaluation.done: $(BUILD)/02_mask_count_ablation.done
+$(BUILD)/04_evaluation.done: $(patsubst %,$(BUILD)/%.done,$(filter 03_training,$(NOTEBOOKS)))
 $(BUILD)/05_per_query_optimal_k.done: $(BUILD)/04_evaluation.done
 $(BUILD)/06_efficiency.done: $(BUILD)/04_evaluation.done
 $(BUILD)/07_claims.done: $(BUILD)/05_per_query_optimal_k.done $(BUILD)/06_efficiency.done

@@ -165,7 +165,8 @@ class Profile(_Model):
     ``max_query_tokens`` and ``max_passage_tokens`` count the text alone; ``promptreps_vectors`` are PromptReps' most
     vectors (N, the prompt's among them), ``top_k`` the length of every ranking, ``batch_tokens`` the token budget of a
     batch on a CPU.  With ``shared_text_grid`` all pairs of the grid come from one pass over each text.  ``dtype``
-    "auto" is bfloat16 where the machine is fast in it.
+    "auto" is bfloat16 where the machine is fast in it.  ``fine_tuned`` are the systems that are trained (null: all of
+    :data:`diffret_lib.experiments.study.SYSTEMS`); an empty list leaves notebook 03 out.
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -189,6 +190,7 @@ class Profile(_Model):
     batch_tokens: Count
     adaptation: Adaptation
     training: Training
+    fine_tuned: list[Name] | None = None
     efficiency: Efficiency
 
     @field_validator("k_grid")

@@ -87,6 +87,8 @@ def _collection_faults(profile: Profile) -> Iterator[str]:
             yield f"{key}: {name}: {len(collection.passages)} passages, too few for training.negatives"
     for name in sorted(p.samples.keys() - set(p.test_collections)):
         yield f"samples: {name} is none of the test_collections"
+    for name in sorted(set(p.fine_tuned or ()) - set(SYSTEMS)):
+        yield f"fine_tuned: there is no system {name!r}; there are {', '.join(SYSTEMS)}"
     if p.train_collection not in trained:
         yield f"training.collections: {p.train_collection}, the train_collection, is not among them"
     for key, size in chosen.items():
@@ -152,7 +154,7 @@ def plan(profile: Profile) -> Plan:
         rows.append((notebook, part, times * sum(counts), times * tokens, times * gigabytes, times * seconds / 3600))
     t = p.training
     lengths = [length + PROMPT_TOKENS for length in (p.max_query_tokens, t.max_passage_tokens)]
-    for name in () if t.adapters else SYSTEMS:
+    for name in () if t.adapters else study.fine_tuned:
         chosen = len(t.learning_rates) * (t.selection_steps or t.steps) if len(t.learning_rates) > 1 else 0
         queries = (chosen + t.steps * study.repetitions(name)) * t.batch_size
         passages = queries * (1 + t.negatives)
@@ -186,12 +188,12 @@ def _encodings(study: Study) -> Iterator[tuple[str, str, Retriever, Sequence[Col
     else:
         for k in p.k_grid:
             yield "02", f"grid, K = {k}", study.diffretriever(k, k), [study.train_collection, *tests], 1
-    pools = [study.sampled(size.collection, size) for size in p.training.collections]
+    pools = [study.sampled(size.collection, size) for size in p.training.collections if study.fine_tuned]
     yield "03", "negatives", study.diffretriever(*pair), pools, 1
     for system in study.systems(pair):
         if isinstance(system.retriever, Retriever):
             yield "04", f"{system.name}, zero-shot", system.retriever, tests, 1
-    for name in SYSTEMS:
+    for name in study.fine_tuned:
         yield "04", f"{name}, fine-tuned", study.untrained(name, pair), tests, study.repetitions(name)
 
 

@@ -5,6 +5,7 @@ The profile is named by the environment variable PROFILE, further collections by
 comments and docstrings) and data, the versions of the packages, the profile, the files of its collections and of the
 adapters that it names.  Its time is what make looks at: that of 1970 when ``NAME.done`` has the same SHA-256 and all
 files that it names are there, else now.  Where a notebook is out of date the profile is checked as a whole first.
+The command gets LEFT_OUT, the notebook that the profile has no work for.
 
 One run at a time: a second one in the same checkout with the same profile says that it waits.
 """
@@ -22,6 +23,8 @@ from diffret_lib.cache import StorageError, cache_dir, explained, file_sha256, s
 from diffret_lib.config import CHECKOUT, ProfileError, collection_folder, load_profile, split_collections
 from diffret_lib.environment import versions
 
+#: The notebook that is left out where the profile fine-tunes nothing.
+TRAINING = "03_training"
 BOM = b"\xef\xbb\xbf"
 
 
@@ -91,8 +94,9 @@ def main(command: list[str]) -> None:
         paths += (path for path in (CHECKOUT / profile.training.adapters).glob("*/*") if path.is_file())
     files = {str(path): file_sha256(path) for path in paths}
     depends_on = fingerprint(library(), versions(), profile.model_dump(mode="json"), collection, files)
-    notebooks = (CHECKOUT / "notebooks").glob("[0-9][0-9]_*.ipynb")
-    if not all([prepare(path.stem, depends_on, build, results) for path in notebooks]):
+    names = [path.stem for path in (CHECKOUT / "notebooks").glob("[0-9][0-9]_*.ipynb")]
+    os.environ["LEFT_OUT"] = TRAINING if profile.fine_tuned == [] else ""
+    if not all([prepare(n, depends_on, build, results) for n in names if n != os.environ["LEFT_OUT"]]):
         from scripts.plan import check  # here, since it takes seconds to load
 
         check(profile)

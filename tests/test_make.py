@@ -127,6 +127,14 @@ def test_a_run_and_what_runs_again(checkout):
     assert any("image/png" in output.get("data", {}) for output in notebook.cells[4].outputs)
     assert str(root) not in executed.read_text(encoding="utf-8") and "papermill" not in str(notebook.metadata)
     run = json.loads((results / "run.json").read_text(encoding="utf-8"))["notebooks"]
+    profile = root / "notebooks" / "profiles" / "nothing.yml"  # no fine-tuning, and so no notebook of it
+    write(root / "notebooks" / "03_training.ipynb", "1 / 0", name="03_training")
+    profile.write_text(Path(root / "notebooks/profiles/smoke.yml").read_text().replace("name: smoke", "name: nothing"))
+    assert "03_training" in checkout.make("-n", "reproduce", "PROFILE=nothing")[1]
+    profile.write_text(profile.read_text() + "  fine_tuned: []\n")
+    status, output = checkout.make("-n", "reproduce", "PROFILE=nothing", LEFT_OUT="01_first")
+    assert status == 0 and "03_training" not in output and NAMES[0] in output
+    (root / "notebooks" / "03_training.ipynb").unlink()
     assert run[NAMES[0]]["status"] == "ok" and run[NAMES[0]]["peak_memory_bytes"] == 12345
     assert 0 < run[NAMES[0]]["seconds"] < 120 and len(run[NAMES[1]]["sha256"]) == 64
     assert checkout.runs(given) == checkout.runs(COLLECTION="my corpus:dev") == []

@@ -22,6 +22,7 @@ from diffret_lib.addresses import SourceTree
 from diffret_lib.config import Profile, ProfileError, load_profile
 from diffret_lib.data.collection import Collection
 from diffret_lib.experiments import departures, study
+from diffret_lib.experiments.comparison import planned_comparisons
 from diffret_lib.experiments.study import REPEATED, SYSTEMS, CutBM25, Study, System, hard_passages, macro, select_pair
 from diffret_lib.models.backbones import load_backbone
 from diffret_lib.retrieval import systems
@@ -447,6 +448,20 @@ def test_fine_tuned_systems(world, tmp_path, monkeypatch):
     assert {repetition for *_, repetition, _ in asked[len(SYSTEMS) :]} == {1} and not s.fine_tuned_systems(2)
     with pytest.raises(KeyError, match="ColBERT"):
         s.finetune("ColBERT")
+
+
+def test_a_profile_that_trains_little_or_nothing(world):
+    s, _ = world
+    some, none = (changed(s, fine_tuned=given) for given in (["RepLLaMA", "DiffEmbed"], []))
+    assert some.fine_tuned == ["DiffEmbed", "RepLLaMA"] and none.fine_tuned == none.fine_tuned_systems() == []
+    training = s.profile.training.model_dump() | {"collections": [whole(s.profile.test_collections[1])]}
+    for given, domain in ([], ["mine-test", "other"]), (["RepLLaMA"], ["mine-test"]):
+        assert changed(s, fine_tuned=given, training=training).out_of_domain == domain
+    zero_shot = [System(name, None) for name in ("DiffEmbed", "DiffRetriever single", "Mean pooling")]
+    planned = [("DiffRetriever single", "DiffEmbed", "dense"), ("DiffEmbed", "Mean pooling", "dense")]
+    assert planned_comparisons(zero_shot) == planned
+    tuned = [*zero_shot[:1], System("DiffEmbed", None, "fine-tuned")]
+    assert planned_comparisons(tuned) == [("DiffEmbed, fine-tuned", "DiffEmbed", "dense")]
 
 
 def test_published_adapters_are_loaded_and_nothing_is_trained(world, monkeypatch):

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from diffret_lib.data.collection import lexical_overlap
-from diffret_lib.experiments.study import Study, System
+from diffret_lib.experiments.study import Study, System, macro
 from diffret_lib.retrieval.metrics import METRIC, Values, holm, macro_average, macro_randomization_p
 from diffret_lib.retrieval.search import MODES, SELECTION_MODE
 from diffret_lib.retrieval.systems import BM25
@@ -260,6 +260,26 @@ FINE_TUNED_COMPARISONS = (
     *((f"{better}, fine-tuned", f"{than}, fine-tuned", mode) for better, than, mode in COMPARISONS[:-1]),
     *(("DiffRetriever multi, fine-tuned", f"{than}, fine-tuned", "dense") for than in ("DiffEmbed", "RepLLaMA")),
 )
+
+
+def planned_comparisons(systems: Sequence[System]) -> list[Comparison]:
+    """The comparisons above of which both systems are among the given ones."""
+    names = {comparison_name(s.name, s.training) for s in systems}
+    return [planned for planned in (*COMPARISONS, *FINE_TUNED_COMPARISONS) if names.issuperset(planned[:2])]
+
+
+def seed_spread(study: Study, per_query: pd.DataFrame) -> pd.DataFrame:
+    """Macro nDCG@10 of the systems that were trained with several seeds; no rows where none was.
+
+    ``per_query`` has the first seed's values.  Columns system, mode, seeds, mean, standard_deviation, least, most.
+    """
+    further = [s for r in range(1, study.profile.training.seeds) for s in study.fine_tuned_systems(r)]
+    frames = [per_query[per_query["training"] == "fine-tuned"]]
+    frames += [study.evaluate(system, study.test_collections) for system in further]
+    cells = pd.concat(frames, ignore_index=True)
+    cells = cells[cells["system"].isin([s.name for s in further]) & cells["collection"].isin(study.out_of_domain)]
+    values = macro(cells[cells["metric"] == METRIC], ["system", "mode", "training"]).groupby(["system", "mode"])["value"]
+    return values.agg(seeds="count", mean="mean", standard_deviation="std", least="min", most="max").reset_index()
 
 
 def compare_systems(

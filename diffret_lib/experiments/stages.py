@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 
+from diffret_lib.data import load_collection
 from diffret_lib.data.collection import Collection
 from diffret_lib.experiments.study import Study, System
 from diffret_lib.models.backbones import LoadedBackbone, load_backbone
@@ -13,6 +16,8 @@ from diffret_lib.training.adaptation import UNADAPTED
 
 #: Numbers of masks of both sides.
 COUNTS = (1, 4)
+#: Test collections that are no docstrings; text to train on must not repeat them.
+APART = ("beir/scifact", "ir/cranfield", "ir/medline", "ir/npl")
 
 
 def stage_backbones(study: Study) -> dict[str, LoadedBackbone]:
@@ -23,14 +28,14 @@ def stage_backbones(study: Study) -> dict[str, LoadedBackbone]:
     return {UNADAPTED: bare} | {getattr(names, role): study.backbone(role) for role in roles}
 
 
-def stage_retrieval(study: Study, collection: Collection) -> pd.DataFrame:
-    """Zero-shot nDCG@10 of DiffRetriever on each of :func:`stage_backbones`, beside BM25 and the parent's PromptReps.
+def stage_retrieval(study: Study, backbones: Mapping[str, LoadedBackbone], collection: Collection) -> pd.DataFrame:
+    """Zero-shot nDCG@10 of DiffRetriever on each of the backbones, beside BM25 and the parent's PromptReps.
 
     Columns backbone, system, K, and one for each mode.
     """
     systems = [("", "BM25", None, BM25())]
     systems.append((study.profile.backbones.autoregressive, "PromptReps single", 1, study.promptreps()))
-    for name, backbone in stage_backbones(study).items():
+    for name, backbone in backbones.items():
         for k in COUNTS:
             retriever = study.retriever(DiffRetriever, backbone, k_query=k, k_passage=k)
             systems.append((name, "DiffRetriever", k, retriever))
@@ -42,10 +47,9 @@ def stage_retrieval(study: Study, collection: Collection) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"K": "Int64"})
 
 
-def texts_kept_apart(study: Study) -> list[str]:
-    """Passages and queries of test collections that are no docstrings; text to train on must not repeat them."""
-    collections = [c for c in study.test_collections if not c.name.startswith("pydocs/")]
-    return [text for c in collections for text in (*c.passages, *c.queries)]
+def texts_kept_apart() -> list[str]:
+    """Passages and queries of :data:`APART`, whole; a FileNotFoundError says how to get one that is not there."""
+    return [text for c in map(load_collection, APART) for text in (*c.passages, *c.queries)]
 
 
 def in_words(losses: pd.DataFrame, retrieval: pd.DataFrame) -> str:

@@ -124,7 +124,8 @@ class Study:
     @cached_property
     def out_of_domain(self) -> list[str]:
         """Names of the test collections of no package and no passages that pairs are selected or systems trained on."""
-        seen = {self.profile.train_collection, *(c.collection for c in self.profile.training.collections)}
+        seen = {self.profile.train_collection}
+        seen |= {c.collection for c in self.profile.training.collections if self.fine_tuned}
         named = zip(self.profile.test_collections, self.test_collections, strict=True)
         return [c.name for name, c in named if not any(self.same_domain(name, train) for train in seen)]
 
@@ -187,6 +188,11 @@ class Study:
             parts.append((collection, pd.DataFrame(remember("negatives", key, mined))))
         return contrastive.training_data(parts)
 
+    @property
+    def fine_tuned(self) -> list[str]:
+        """Names of the systems that the profile trains."""
+        return [n for n in SYSTEMS if self.profile.fine_tuned is None or n in self.profile.fine_tuned]
+
     def repetitions(self, system: str) -> int:
         """How many seeds a system is trained with."""
         return self.profile.training.seeds if system in REPEATED else 1
@@ -207,7 +213,7 @@ class Study:
     def fine_tuned_systems(self, repetition: int = 0) -> list[System]:
         """The fine-tuned systems of the tables, those of a repetition; one that is not trained yet is trained."""
         training = f"fine-tuned, seed {repetition}" if repetition else "fine-tuned"
-        names = [name for name in SYSTEMS if repetition < self.repetitions(name)]
+        names = [name for name in self.fine_tuned if repetition < self.repetitions(name)]
         return [System(n, self.untrained(n), training, self.finetune(n, repetition).adapter) for n in names]
 
     def untrained(self, name: str, pair: Pair | None = None) -> Any:

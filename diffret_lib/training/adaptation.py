@@ -66,10 +66,9 @@ HELD_OUT_LENGTH = 256
 
 @dataclass(frozen=True)
 class Run:
-    """A run: the adapted backbone, the folders of the stages, tokens seen, and the whole curve."""
+    """A run: the adapted backbone, tokens seen, and the whole curve."""
 
     backbone: LoadedBackbone
-    folders: list[Path]
     tokens: int
     curve: list[dict[str, Any]]
 
@@ -98,7 +97,7 @@ def run_recipe(
         texts = read_texts(None, packages=SHORT_PACKAGES, standard_library=False)
     folders = adapt(parent, mask_id, texts, held_out, stages=stages, evaluate_every=evaluate_every, work=work)
     backbone = _staged(parent, mask_id, layers(stages, folders))
-    return Run(backbone, folders, sum(s.steps * s.step_tokens for s in stages), read_curves(folders))
+    return Run(backbone, sum(s.steps * s.step_tokens for s in stages), read_curves(folders))
 
 
 def read_texts(folder: Path | None, **options: Any) -> list[str]:
