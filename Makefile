@@ -53,10 +53,10 @@ appendix: profile env ## the executed notebooks as HTML pages, into results/PROF
 	@PYTHONPATH="$$PWD" "$$PY" scripts/appendix/build.py results/$(KNOWN)
 
 test: env ## run the tests (ARGS="-k name" for some)
-	@"$$PY" scripts/environment.py run -m pytest -q
+	@OMP_NUM_THREADS=1 "$$PY" scripts/environment.py run -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-torture: env ## kill, fill, damage and run twice, over and over: some minutes (ROUNDS=10)
-	@PYTHONPATH="$$PWD" "$$PY" tests/test_faults.py "$${ROUNDS:-10}"
+torture: env ## kill, fill, damage and run twice, over and over: some minutes (ROUNDS=3)
+	@PYTHONPATH="$$PWD" "$$PY" tests/test_faults.py "$${ROUNDS:-3}"
 
 lab: env ## open JupyterLab in notebooks/ with the kernel ready
 	@$(KERNEL); export PYTHONPATH JUPYTER_PREFER_ENV_PATH; \

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -30,7 +31,8 @@ MANIFEST = "manifest.json"
 #: Files up to this size (bytes) are verified at every reading, larger ones once a process.
 SMALL_FILE = 1 << 20
 
-_TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:4]
+_TEMPORARY = re.compile(rf"\..+\.(\d+)-{_MACHINE}[0-9a-f]{{4}}\.tmp")
 _verified: set[tuple[Path, int, int]] = set()
 
 
@@ -136,7 +138,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     written nothing.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}-{_MACHINE}{secrets.token_hex(2)}.tmp{path.suffix}")
     old = temporary.with_name(f"{temporary.name}.old")  # a name that `sweep` knows
     try:
         with explained(path):
@@ -169,7 +171,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left anywhere in a folder: their temporaries, and work for entries that are made."""
+    """Remove what killed processes left anywhere in a folder: temporaries of this machine's, work for what is made."""
     for path in list(folder.rglob(".*")) if os.path.isdir(folder) else ():
         found = _TEMPORARY.match(path.name)
         entry = path.with_name(path.stem[1:])  # of a work folder

@@ -158,15 +158,17 @@ class Efficiency(_Model):
 class Profile(_Model):
     """One run of the notebooks, frozen and validated.
 
-    ``name`` is the file's stem and the folder under ``results/``.  The pair (Kq, Kp) is selected on
-    ``train_collection``; the first of ``test_collections`` is the in-domain one.  ``sample`` is taken of each test
-    collection, or what ``samples`` says for it; ``departures`` of the training collection for the table of departures,
-    ``dtype_sample`` of each test collection for what bfloat16 changes (null: not shown).
+    ``name`` is the file's stem and the folder under ``results/``.  In a file, ``like: NAME`` takes the keys that are
+    not there from another profile.  The pair (Kq, Kp) is selected on ``train_collection``; the first of
+    ``test_collections`` is the in-domain one.  ``sample`` is taken of each test collection, or what ``samples`` says
+    for it; ``departures`` of the training collection for the table of departures, ``dtype_sample`` of each test
+    collection for what bfloat16 changes (null: not shown).
     ``max_query_tokens`` and ``max_passage_tokens`` count the text alone; ``promptreps_vectors`` are PromptReps' most
     vectors (N, the prompt's among them), ``top_k`` the length of every ranking, ``batch_tokens`` the token budget of a
     batch on a CPU.  With ``shared_text_grid`` all pairs of the grid come from one pass over each text.  ``dtype``
-    "auto" is bfloat16 where the machine is fast in it.  ``fine_tuned`` are the systems that are trained (null: all of
-    :data:`diffret_lib.experiments.study.SYSTEMS`); an empty list leaves notebook 03 out.
+    "auto" is bfloat16 where the machine is fast in it.  Without ``adaptation`` (null) notebook 00 is left out.
+    ``fine_tuned`` are the systems that are trained (null: all of :data:`diffret_lib.experiments.study.SYSTEMS`); an
+    empty list leaves notebook 03 out.
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -188,7 +190,7 @@ class Profile(_Model):
     promptreps_vectors: Count
     top_k: Count
     batch_tokens: Count
-    adaptation: Adaptation
+    adaptation: Adaptation | None
     training: Training
     fine_tuned: list[Name] | None = None
     efficiency: Efficiency
@@ -226,7 +228,8 @@ def load_profile(profile: str | Path | Mapping[str, Any] | Profile, collection: 
     if not isinstance(profile, Profile):
         where = "profile" if isinstance(profile, Mapping) else _find(profile)
         try:
-            profile = Profile.model_validate(profile if isinstance(profile, Mapping) else _read(where))
+            content = profile if isinstance(profile, Mapping) else _read(where)
+            profile = Profile.model_validate(_with_likes(content, where))
         except ValidationError as error:
             lines, known = [], {"missing": "the key is missing", "extra_forbidden": "unknown key"}
             for e in error.errors(include_url=False):
@@ -242,33 +245,48 @@ def load_profile(profile: str | Path | Mapping[str, Any] | Profile, collection: 
     return profile.model_copy(update={"test_collections": list(tests)})
 
 
-_NAMED = re.compile(r"(beir|ir)/[\w.-]+(:[\w.-]+)?")
+_NAMED = re.compile(r"(beir|ir|msmarco|nano)/[\w.-]+(:[\w.-]+)?")
+
+
+def data_root() -> Path | None:
+    """The folder ``DIFFRET_DATA``, a relative one from the checkout; None where it is not set."""
+    named = os.environ.get("DIFFRET_DATA")
+    return CHECKOUT / os.path.expanduser(named) if named else None
+
+
+def data_folders(name: str) -> list[str]:
+    """Folders that may hold a named collection in the folder ``DIFFRET_DATA``, or none for another name.
+
+    ``msmarco/dl19`` is in ``msmarco`` (``qrels/dl19.tsv``), ``beir/NAME`` and ``ir/NAME`` are in a folder of this name
+    or of ``NAME`` alone (``med`` for ``ir/medline``), ``nano/NAME`` in a folder of this name.
+    """
+    kind, short = name.split("/") if _NAMED.fullmatch(name) else ("", "")
+    named = {"msmarco": ["msmarco"], "nano": [name], "": []}
+    return named.get(kind, [name, *(["med"] if short == "medline" else []), short])
 
 
 def collection_folder(name: str | Path) -> tuple[Path, str] | None:
-    """Folder and split of a collection named ``path``, ``path:split``, ``beir/NAME`` or ``ir/NAME``; None: no folder.
+    """Folder and split of a collection named ``path``, ``path:split``, or as in :func:`data_folders`; None: no folder.
 
-    The two last are looked for in the folder ``DIFFRET_DATA`` (a relative one counts from the checkout), paths
-    from the current folder, then from the checkout; ``~`` is the home folder.
+    Named ones are looked for in the folder ``DIFFRET_DATA``, paths from the current folder, then from the checkout;
+    ``~`` is the home folder.
     """
-    text, data = str(name), os.environ.get("DIFFRET_DATA")
+    text, data = str(name), data_root()
     before, _, last = text.rpartition(":")
     for path, split in ((text, "test"), (before, last)):
-        kind, _, short = path.partition("/")
-        home, places = os.path.expanduser(path), []
-        if data and short and kind in ("beir", "ir"):
-            names = (short, "med") if short == "medline" else (short,)
-            places = [CHECKOUT / os.path.expanduser(data) / each for each in names]
-        for folder in (*places, Path(home), CHECKOUT / home):
+        home = os.path.expanduser(path)
+        named = [data / each for each in data_folders(path)] if data else []
+        for folder in (*named, Path(home), CHECKOUT / home):
             if path and split and os.path.isdir(folder):  # False for a name that is too long as well
-                return folder, split
+                return folder, path.partition("/")[2] if path.startswith("msmarco/") and folder in named else split
     return None
 
 
 def split_collections(text: str) -> list[str]:
     """Names of collections in a text: the whole of it where that is one, else its words (with quotes as in a shell).
 
-    A name is a ``pydocs/``, ``beir/`` or ``ir/`` one, or a BEIR folder (``path`` or ``path:split``).
+    A name is a ``pydocs/``, ``beir/``, ``ir/``, ``msmarco/`` or ``nano/`` one, or a BEIR folder (``path`` or
+    ``path:split``).
     """
 
     def known(name: str) -> bool:
@@ -288,15 +306,26 @@ def slug(name: str) -> str:
 
 
 def _find(profile: str | Path) -> Path:
-    path = Path(profile)
+    path = Path(str(profile))
     found = path if path.suffix in (".yml", ".yaml") else PROFILES_DIR / f"{profile}.yml"
     names = sorted(path.stem for path in PROFILES_DIR.glob("*.yml"))
-    if not found.is_file() or (found is not path and str(profile) not in names):
+    if not os.path.isfile(found) or (found is not path and str(profile) not in names):  # False for one too long as well
         raise ProfileError(
             f"there is no profile {str(profile)!r}; there are {', '.join(names)} (in {PROFILES_DIR}), "
             "or name the path of a .yml file"
         )
     return found
+
+
+def _with_likes(content: Mapping[str, Any], *seen: Path | str) -> dict[str, Any]:
+    """A profile's keys, and those of the profile that it is like."""
+    own = {key: value for key, value in content.items() if key != "like"}
+    if "like" not in content:
+        return own
+    where = _find(content["like"])
+    if where in seen:
+        raise ProfileError(f"{where}: like: profiles that are like each other in a circle")
+    return _with_likes(_read(where), *seen, where) | own
 
 
 class _Loader(yaml.SafeLoader):

@@ -5,12 +5,20 @@
 FOLDER gets a folder for each system (and for each further seed): weights in bfloat16, `curve.jsonl`, `recipe.json` and
 a card. Named as `training.adapters` in a profile, it stands in for training there: one machine trains what another
 evaluates. A run that was interrupted goes on where it was.
+
+On several GPUs every step's queries are shared out among them, and each query meets the passages of all:
+
+    torchrun --nproc-per-node 4 scripts/finetune.py PROFILE --out FOLDER
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 from diffret_lib.config import load_profile
 from diffret_lib.experiments.study import SYSTEMS, Study
@@ -25,11 +33,21 @@ def train(profile: str, out: Path, systems: list[str], seeds: int | None = None)
     runs = [(r, s) for r in range(training.seeds) for s in systems if r < study.repetitions(s)]
     for repetition, system in runs:
         trained = study.finetune(system, repetition)
+        if int(os.environ.get("RANK", 0)):
+            continue
         folders.append(publish_adapter(trained, out))
         rate, before, kept = trained.about["recipe"]["learning_rate"], trained.curve[0]["dev_ndcg"], trained.kept
         said = f"nDCG@10 on development {before:.3f} -> {kept['dev_ndcg']:.3f}"
         print(f"{folders[-1]}: learning rate {rate:g}, step {kept['step']}, {said}", flush=True)
     return folders
+
+
+def join() -> None:
+    """Join the processes that torchrun started, if it did; each one has a GPU of its own where there are any."""
+    if "RANK" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
 
 
 if __name__ == "__main__":
@@ -39,4 +57,5 @@ if __name__ == "__main__":
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="SYSTEM")
     parser.add_argument("--seeds", type=int, help="repetitions of the repeated systems, by default the profile's")
     given = parser.parse_args()
+    join()
     train(given.profile, given.out, given.systems, given.seeds)

@@ -1,31 +1,43 @@
 """Say what a run of the notebooks will take, without starting it: ``make plan PROFILE=study``.
 
-The profile is named by the environment variable PROFILE, further collections by COLLECTION.  Status 1: the profile is
-not whole (:func:`check`, which every run starts with), or the disk or the memory cannot suffice.
+The profile is named by the environment variable PROFILE, further collections by COLLECTION.  Nothing is downloaded: of
+a collection of the hub that is not on this machine the published sizes are taken, of a backbone its parameters.
+Status 1: the profile is not whole (:func:`check`, which every run starts with), or the disk or the memory cannot
+suffice.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import psutil
+import torch
+from transformers.utils import cached_file
 
 from diffret_lib.cache import StorageError, cache_dir
-from diffret_lib.config import Profile, ProfileError, load_profile
+from diffret_lib.config import CHECKOUT, Profile, ProfileError, Sample, collection_folder, load_profile
+from diffret_lib.data.beir import in_cache
 from diffret_lib.data.collection import Collection
+from diffret_lib.data.protocols import Published, published
 from diffret_lib.experiments.departures import dtype_studies
 from diffret_lib.experiments.study import SYSTEMS, Study, texts_of
 from diffret_lib.models.backbones import get_backbone
 from diffret_lib.models.gguf import BackboneError
 from diffret_lib.models.prompts import SIDES, Side
-from diffret_lib.retrieval.systems import Retriever
+from diffret_lib.models.released import RELEASED
+from diffret_lib.retrieval.systems import BM25, CUDA_BATCH, PromptReps, Retriever
 
 #: Tokens of prompt, answer and tail besides the text and the vectors, at most.
 PROMPT_TOKENS = 128
@@ -33,8 +45,23 @@ PROMPT_TOKENS = 128
 CALIBRATION_TEXTS = 8
 #: Forward passes that a step of the training takes for each of its texts: forth, back, and the cached gradients'.
 TRAINING_PASSES = 4
-#: Bytes that the program itself takes.
-PROGRAM_BYTES = 1.5e9
+#: Bytes that the program itself takes, and those of a number of a vector as it is kept.
+PROGRAM_BYTES, NUMBER_BYTES = 1.5e9, 4
+#: Parameters and H of the backbones of the hub, from the shapes in their ``config.json``.
+SIZES = {
+    "dream-v0-instruct-7b": (7_615_616_512, 3584),
+    "qwen2.5-7b-instruct": (7_615_616_512, 3584),
+    "llada-8b-instruct": (8_015_581_184, 4096),
+    "llada-1.5": (8_015_581_184, 4096),
+    "llama-3-8b-instruct": (8_030_261_248, 4096),
+}
+#: What is assumed of a backbone that cannot be timed here: the share of the rate of large products of matrices that an
+#: encoding reaches; the cost of a decoded token in passes over the prompt (the paper: N = 20 takes 15 times one pass);
+#: bytes that a token of a batch takes on a GPU, for each dimension of H; and an H100's rate of products in bfloat16
+#: (its data sheet), for comparison.
+UTILISATION, DECODED_TOKEN, BATCH_BYTES, H100 = 0.5, 14 / 19, 48, 989e12
+#: Tokens and bytes of an English word, with the space or mark after it.
+WORD_TOKENS, WORD_BYTES = 1.35, 6.0
 
 
 def check(profile: Profile) -> None:
@@ -68,9 +95,10 @@ def _backbone_faults(profile: Profile) -> Iterator[str]:
 
 
 def _collection_faults(profile: Profile) -> Iterator[str]:
-    p, study = profile, Study(profile)
+    p, study = profile, Outline(profile)
     trained = [size.collection for size in p.training.collections]
-    chosen = {"adaptation.zero_shot": p.adaptation.zero_shot, "training.development": p.training.development}
+    chosen = {"training.development": p.training.development}
+    chosen |= {"adaptation.zero_shot": p.adaptation.zero_shot} if p.adaptation else {}
     sizes = [("train_collection", p.train_collection, p.train_sample)]
     sizes += [("test_collections", name, p.samples.get(name, p.sample)) for name in p.test_collections]
     sizes += [("training.collections", size.collection, size) for size in p.training.collections]
@@ -89,6 +117,8 @@ def _collection_faults(profile: Profile) -> Iterator[str]:
         yield f"samples: {name} is none of the test_collections"
     for name in sorted(set(p.fine_tuned or ()) - set(SYSTEMS)):
         yield f"fine_tuned: there is no system {name!r}; there are {', '.join(SYSTEMS)}"
+    if p.training.adapters and not (CHECKOUT / p.training.adapters).is_dir():
+        yield f"training.adapters: there is no folder {CHECKOUT / p.training.adapters}"
     if p.train_collection not in trained:
         yield f"training.collections: {p.train_collection}, the train_collection, is not among them"
     for key, size in chosen.items():
@@ -102,12 +132,87 @@ def _collection_faults(profile: Profile) -> Iterator[str]:
             yield f"test_collections: {error}"
 
 
+class Facts(NamedTuple):
+    """What is known of a backbone that is not on this machine: its parameters, and the dimensions H of a vector."""
+
+    name: str
+    parameters: int
+    hidden_size: int
+    dtype: None = None
+
+
+class Outlined(NamedTuple):
+    """A retriever on such a backbone."""
+
+    kind: type[Retriever]
+    backbone: Facts
+    options: dict[str, Any]
+
+    def vectors(self, side: Side) -> int:
+        return self.options.get(f"k_{side}", self.options.get("max_vectors", 1))
+
+
+class Sized(NamedTuple):
+    """A collection that is not on this machine: as many passages and queries as are published."""
+
+    name: str
+    passages: range
+    queries: range
+
+
+class Outline(Study):
+    """A study whose backbones and collections are known in outline where they are not on this machine."""
+
+    def sampled(self, name: str, size: Sample) -> Any:
+        if (found := elsewhere(name)) is None:
+            return super().sampled(name, size)
+        wanted = ((found.passages, size.passages), (found.queries, size.queries))
+        return Sized(name, *(range(min(n, asked or n)) for n, asked in wanted))
+
+    def same_domain(self, name: str, train: str) -> bool:
+        if not (elsewhere(name) or elsewhere(train)):
+            return super().same_domain(name, train)
+        one, other = published(name), published(train)
+        return one is not None and other is not None and one.hub == other.hub
+
+    def backbone(self, role: str) -> Any:
+        name = getattr(self.profile.backbones, role)
+        return Facts(name, *SIZES[name]) if name in SIZES and not weights_are_here(name) else super().backbone(role)
+
+    def retriever(self, kind: type[Retriever], backbone: Any = None, **options: Any) -> Any:
+        backbone = backbone or self.backbone(kind.family)
+        outlined = isinstance(backbone, Facts)
+        return Outlined(kind, backbone, options) if outlined else super().retriever(kind, backbone, **options)
+
+
+def elsewhere(name: str) -> Published | None:
+    """A published collection that is neither in a folder nor in the cache; None for any other."""
+    found = published(name)
+    return None if found is None or collection_folder(name) or in_cache(found) else found
+
+
+def weights_are_here(name: str) -> bool:
+    """Whether all files of the weights of a backbone of the hub are on this machine."""
+    source = get_backbone(name).source
+
+    def here(file: str) -> str | None:
+        try:
+            return cached_file(source.hub, file, revision=source.revision or "main", local_files_only=True)
+        except OSError:
+            return None
+
+    index = here("model.safetensors.index.json")
+    files = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else {"model.safetensors"}
+    return all(map(here, files))
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run will take.
 
     ``table`` has a row for each part: notebook, part, texts, tokens, gigabytes (of the vectors that are kept), hours.
-    The others are in bytes: the disk that is needed and free, the memory that is needed and there.
+    The others are in bytes: the disk that is needed and free, the memory, and that of the GPU (infinite where there is
+    none), needed and there.  ``notes`` say what is not on this machine, and what is assumed of it.
     """
 
     table: pd.DataFrame
@@ -115,72 +220,140 @@ class Plan:
     disk_free: float
     memory: float
     memory_there: float
+    gpu: float
+    gpu_there: float
+    notes: list[str]
 
     @property
     def suffices(self) -> bool:
-        return self.disk <= self.disk_free and self.memory <= self.memory_there
+        return self.disk <= self.disk_free and self.memory <= self.memory_there and self.gpu <= self.gpu_there
 
     def __str__(self) -> str:
         hours = self.table.groupby("notebook")["hours"].sum()
-        each = ", ".join(f"{notebook} {value:.2f}" for notebook, value in hours.items())
+        each = ", ".join(f"{notebook} {value:,.2f}" for notebook, value in hours.items())
+        there = "none is here" if self.gpu_there == math.inf else f"{self.gpu_there / 1e9:,.2f} GB there"
         return "\n".join([
             self.table.to_markdown(index=False, floatfmt=",.2f", intfmt=","), "",
-            f"Hours with an empty cache, at the rate measured now: {hours.sum():.1f} ({each}); notebooks 00, 05, 06, "
+            f"Hours with an empty cache, at the rate measured now: {hours.sum():,.1f} ({each}); notebooks 00, 05, 06, "
             "07 and 90 come on top.",
-            f"Disk: {self.disk / 1e9:.2f} GB needed in {cache_dir()}, {self.disk_free / 1e9:.2f} GB free.",
-            f"Memory: {self.memory / 1e9:.2f} GB needed, {self.memory_there / 1e9:.2f} GB there.",
+            f"Disk: {self.disk / 1e9:,.2f} GB needed in {cache_dir()}, {self.disk_free / 1e9:,.2f} GB free.",
+            f"Memory: {self.memory / 1e9:,.2f} GB needed, {self.memory_there / 1e9:,.2f} GB there.",
+            f"GPU memory: {self.gpu / 1e9:,.2f} GB for the backbones and a batch, {there}.",
+            *self.notes,
         ])  # fmt: skip
 
 
 def plan(profile: Profile) -> Plan:
-    """Measure the rate of every kind of encoding on a few texts, and multiply; nothing is encoded for the run."""
-    study, p, rows = Study(profile), profile, []
-    rates: dict[tuple[Any, ...], tuple[float, float]] = {}
-    read = {"query": p.max_query_tokens, "passage": p.max_passage_tokens}
-    hidden = study.backbone("diffusion").model.config.hidden_size
+    """Measure the rate of every kind of encoding on a few texts, and multiply; nothing is encoded for the run.
 
-    def rate(retriever: Retriever) -> tuple[float, float]:
+    On a backbone that is not on this machine an encoding takes 2 operations for each parameter and token, at
+    :data:`UTILISATION` of the rate of products of matrices here.
+    """
+    study, p, rows = Outline(profile), profile, []
+    rates: dict[tuple[Any, ...], list[float]] = {}
+    read = {"query": p.max_query_tokens, "passage": p.max_passage_tokens}
+    backbones = {name: study.backbone(role) for role, name in p.backbones if name}
+    absent = [b for b in backbones.values() if isinstance(b, Facts)]
+    speed = products_per_second(p.dtype) if absent else 0.0
+    hidden = max(b.hidden_size if isinstance(b, Facts) else b.model.config.hidden_size for b in backbones.values())
+
+    def seconds(retriever: Any, side: Side, tokens: float) -> float:
+        """Seconds that a text of so many tokens takes, prompt and vectors included."""
+        if isinstance(retriever, Outlined):
+            decoded = retriever.vectors(side) - 1 if retriever.kind is PromptReps else 0
+            operations = 2 * retriever.backbone.parameters * tokens * (1 + decoded * DECODED_TOKEN)
+            return operations / (speed * UTILISATION)
         key = (retriever.name, retriever.backbone.dtype, *map(retriever.vectors, SIDES))
         if key not in rates:
-            rates[key] = tuple(_seconds(retriever, study.test_collections[0], side) for side in SIDES)
-        return rates[key]
+            rates[key] = [_seconds(retriever, study.test_collections[0], side) for side in SIDES]
+        return rates[key][SIDES.index(side)] * tokens / (read[side] + PROMPT_TOKENS)
 
     for notebook, part, retriever, collections, times in _encodings(study):
-        counts = [sum(len(texts_of(c, side)) for c in collections) for side in SIDES]
-        tokens = sum(n * (read[side] + PROMPT_TOKENS) for n, side in zip(counts, SIDES, strict=True))
-        vectors = sum(n * retriever.vectors(side) for n, side in zip(counts, SIDES, strict=True))
-        seconds = sum(n * each for n, each in zip(counts, rate(retriever), strict=True))
-        gigabytes = vectors * hidden * 4 / 1e9
-        rows.append((notebook, part, times * sum(counts), times * tokens, times * gigabytes, times * seconds / 3600))
+        total, encoded = np.zeros(4), set()
+        for collection, side in product(collections, SIDES):
+            n, length = len(texts_of(collection, side)), read[side]
+            if found := published(collection.name):
+                length = min(length, math.ceil(getattr(found, f"{side}_words") * WORD_TOKENS))
+                if side == "passage" and (found.hub, n) in encoded:  # those of MS MARCO serve several collections
+                    continue
+                encoded |= {(found.hub, n)} if side == "passage" else set()
+            length += PROMPT_TOKENS
+            kept = retriever.vectors(side) * hidden * NUMBER_BYTES / 1e9
+            total += n * np.array([1, length, kept, seconds(retriever, side, length) / 3600])
+        rows.append((notebook, part, *(times * total)))
     t = p.training
     lengths = [length + PROMPT_TOKENS for length in (p.max_query_tokens, t.max_passage_tokens)]
     for name in () if t.adapters else study.fine_tuned:
         chosen = len(t.learning_rates) * (t.selection_steps or t.steps) if len(t.learning_rates) > 1 else 0
         queries = (chosen + t.steps * study.repetitions(name)) * t.batch_size
-        passages = queries * (1 + t.negatives)
-        of_query, of_passage = rate(study.untrained(name, (max(p.k_grid),) * 2))
-        of_passage *= lengths[1] / (p.max_passage_tokens + PROMPT_TOKENS)
-        seconds = (queries * of_query + passages * of_passage) * TRAINING_PASSES
-        tokens = queries * lengths[0] + passages * lengths[1]
-        rows.append(("03", f"training of {name}", queries + passages, tokens, 0.0, seconds / 3600))
+        counts, retriever = (queries, queries * (1 + t.negatives)), study.untrained(name, (max(p.k_grid),) * 2)
+        took = sum(n * seconds(retriever, *each) for n, *each in zip(counts, SIDES, lengths, strict=True))
+        hours = took * TRAINING_PASSES / 3600
+        rows.append(("03", f"training of {name}", sum(counts), np.dot(counts, lengths), 0.0, hours))
     table = pd.DataFrame(rows, columns=["notebook", "part", "texts", "tokens", "gigabytes", "hours"])
-    table = table.sort_values("notebook", kind="stable", ignore_index=True)
-    models = [study.backbone(role).model for role, name in p.backbones if name]
-    weights = sum(w.numel() * w.element_size() for model in models for w in model.parameters())
-    largest = max(len(c.passages) for c in study.test_collections) * sum(p.k_grid) * hidden * 4
+    table = table.astype({"texts": int, "tokens": int}).sort_values("notebook", kind="stable", ignore_index=True)
+    return Plan(table, *_needs(study, table, backbones, hidden, speed))
+
+
+def _needs(
+    study: Outline, table: pd.DataFrame, backbones: dict[str, Any], hidden: int, speed: float
+) -> tuple[float, float, float, float, float, float, list[str]]:
+    """The fields of a :class:`Plan` after its table."""
+    p, absent, notes = study.profile, [b for b in backbones.values() if isinstance(b, Facts)], []
+    names = [name for name in (p.train_collection, *p.test_collections) if elsewhere(name)]
+    missing = {published(name).hub: published(name) for name in names}
+    texts = sum(found.passages * found.passage_words * WORD_BYTES for found in missing.values())
+    fetched = sum(2.0 * b.parameters for b in absent)  # their files are in bfloat16
+    if absent:
+        each = ", ".join(f"{b.name} ({b.parameters / 1e9:.2f} billion parameters)" for b in absent)
+        notes += [
+            f"Not on this machine, {fetched / 1e9:,.1f} GB to download: {each}.",
+            f"Assumed of them: 2 operations a parameter and token, at {UTILISATION:.0%} of the {speed / 1e12:,.3f} "
+            f"TFLOP/s of products of matrices here in {p.dtype}; a decoded token takes {DECODED_TOKEN:.2f} passes.",
+            f"At that share of an H100's {H100 / 1e12:.0f} TFLOP/s: {table['hours'].sum() * speed / H100:,.1f} hours.",
+        ]  # fmt: skip
+    if missing:
+        sizes = f"about {texts / 1e9:,.2f} GB of text to download, of the published sizes"
+        notes.append(f"Not on this machine, {sizes}: {', '.join(names)}.")
+    number = 4 if p.dtype == "float32" else 2
+    weights = sum(number * b.parameters if isinstance(b, Facts) else _bytes(b.model) for b in backbones.values())
+    largest = max(len(c.passages) for c in study.test_collections) * sum(p.k_grid) * hidden * NUMBER_BYTES
     free, there = shutil.disk_usage(cache_dir()).free, psutil.virtual_memory().total
-    return Plan(table, table["gigabytes"].sum() * 1e9, free, PROGRAM_BYTES + 2 * weights + largest, there)
+    gpu_there = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else math.inf
+    gpu = weights + p.batch_tokens * CUDA_BATCH * hidden * BATCH_BYTES
+    disk = table["gigabytes"].sum() * 1e9 + fetched + texts
+    return disk, free, PROGRAM_BYTES + 2 * weights + largest, there, gpu, gpu_there, notes
 
 
-def _encodings(study: Study) -> Iterator[tuple[str, str, Retriever, Sequence[Collection], float]]:
+def _bytes(model: torch.nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def products_per_second(dtype: str) -> float:
+    """Operations a second of products of large matrices, in float32 or bfloat16: the best of five."""
+    cuda = torch.cuda.is_available()
+    size, best = 8192 if cuda else 1024, math.inf
+    number = torch.float32 if dtype == "float32" else torch.bfloat16
+    matrix = torch.ones(size, size, dtype=number, device="cuda" if cuda else "cpu")
+    for _ in range(6):
+        start = time.perf_counter()
+        matrix @ matrix
+        if cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _encodings(study: Outline) -> Iterator[tuple[str, str, Any, Sequence[Any], float]]:
     """Everything that a run encodes: notebook, part, retriever, collections, and how often."""
     p, tests, pair = study.profile, study.test_collections, (max(study.profile.k_grid),) * 2
     sample = [study.sampled(p.train_collection, p.departures)]
     yield "01", "departures: reading and length", study.diffretriever(*pair), sample, 10
     yield "01", "departures: answers", study.promptreps(p.promptreps_vectors), sample, 3
-    for dtype, other in dtype_studies(study).items():
+    for dtype, alike in dtype_studies(study).items():
+        other = Outline(alike.profile, alike._backbones)
         for system in other.systems(pair):
-            if isinstance(system.retriever, Retriever):
+            if not isinstance(system.retriever, BM25):
                 yield "01", f"{system.name}, {dtype}", system.retriever, other.test_collections, 1
     if p.shared_text_grid:
         shared = study.diffretriever(sum(p.k_grid), sum(p.k_grid))  # as many masks as all together
@@ -188,13 +361,17 @@ def _encodings(study: Study) -> Iterator[tuple[str, str, Retriever, Sequence[Col
     else:
         for k in p.k_grid:
             yield "02", f"grid, K = {k}", study.diffretriever(k, k), [study.train_collection, *tests], 1
-    pools = [study.sampled(size.collection, size) for size in p.training.collections if study.fine_tuned]
-    yield "03", "negatives", study.diffretriever(*pair), pools, 1
+    if study.fine_tuned:
+        pools = [study.sampled(size.collection, size) for size in p.training.collections]
+        yield "03", "negatives", study.diffretriever(*pair), pools, 1
     for system in study.systems(pair):
-        if isinstance(system.retriever, Retriever):
+        if not isinstance(system.retriever, BM25):
             yield "04", f"{system.name}, zero-shot", system.retriever, tests, 1
     for name in study.fine_tuned:
         yield "04", f"{name}, fine-tuned", study.untrained(name, pair), tests, study.repetitions(name)
+    for name, adapter in RELEASED.items():
+        if adapter.backbone == p.backbones.diffusion:
+            yield "04", f"{name}, fine-tuned by the authors", study.diffretriever(*adapter.pair), tests, 1
 
 
 def _seconds(retriever: Retriever, collection: Collection, side: Side) -> float:

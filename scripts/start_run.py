@@ -5,7 +5,7 @@ The profile is named by the environment variable PROFILE, further collections by
 comments and docstrings) and data, the versions of the packages, the profile, the files of its collections and of the
 adapters that it names.  Its time is what make looks at: that of 1970 when ``NAME.done`` has the same SHA-256 and all
 files that it names are there, else now.  Where a notebook is out of date the profile is checked as a whole first.
-The command gets LEFT_OUT, the notebook that the profile has no work for.
+The command gets LEFT_OUT, the notebooks that the profile has no work for.
 
 One run at a time: a second one in the same checkout with the same profile says that it waits.
 """
@@ -21,10 +21,11 @@ from pathlib import Path
 from diffret_lib.addresses import SourceTree, fingerprint
 from diffret_lib.cache import StorageError, cache_dir, explained, file_sha256, sweep, write_text
 from diffret_lib.config import CHECKOUT, ProfileError, collection_folder, load_profile, split_collections
+from diffret_lib.data.protocols import published
 from diffret_lib.environment import versions
 
-#: The notebook that is left out where the profile fine-tunes nothing.
-TRAINING = "03_training"
+#: Notebooks that are left out where the profile adapts no backbone, and where it fine-tunes nothing.
+ADAPTATION, TRAINING = "00_diffusion_backbone", "03_training"
 BOM = b"\xef\xbb\xbf"
 
 
@@ -73,8 +74,8 @@ def main(command: list[str]) -> None:
     os.chdir(CHECKOUT / "notebooks")  # so that a relative path is here what it is in the notebooks
     profile = load_profile(os.environ["PROFILE"], collection)
     for name in split_collections(collection) if collection else ():
-        if collection_folder(name) is None and not name.startswith(("pydocs/", "beir/")):
-            raise ProfileError(f"COLLECTION: there is no folder {name!r}; beir/ and ir/ names need DIFFRET_DATA")
+        if collection_folder(name) is None and not name.startswith("pydocs/") and published(name) is None:
+            raise ProfileError(f"COLLECTION: there is no folder {name!r}, and no published collection of this name")
     build, results = CHECKOUT / "build" / profile.name, CHECKOUT / "results" / profile.name
     for folder in (build, results, cache_dir()):
         with explained(folder):
@@ -87,16 +88,19 @@ def main(command: list[str]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
     for folder in (build, results):
         sweep(folder)
-    sizes = (profile.adaptation.zero_shot, profile.training.development, *profile.training.collections)
+    sizes = [profile.training.development, *profile.training.collections]
+    sizes += [profile.adaptation.zero_shot] if profile.adaptation else []
     names = {profile.train_collection, *profile.test_collections, *(size.collection for size in sizes)}
     paths = [path for name in names for path in collection_files(name)]
     if profile.training.adapters:
         paths += (path for path in (CHECKOUT / profile.training.adapters).glob("*/*") if path.is_file())
     files = {str(path): file_sha256(path) for path in paths}
     depends_on = fingerprint(library(), versions(), profile.model_dump(mode="json"), collection, files)
+    left_out = [ADAPTATION] if profile.adaptation is None else []
+    left_out += [TRAINING] if profile.fine_tuned == [] else []
+    os.environ["LEFT_OUT"] = " ".join(left_out)
     names = [path.stem for path in (CHECKOUT / "notebooks").glob("[0-9][0-9]_*.ipynb")]
-    os.environ["LEFT_OUT"] = TRAINING if profile.fine_tuned == [] else ""
-    if not all([prepare(n, depends_on, build, results) for n in names if n != os.environ["LEFT_OUT"]]):
+    if not all([prepare(name, depends_on, build, results) for name in names if name not in left_out]):
         from scripts.plan import check  # here, since it takes seconds to load
 
         check(profile)

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
-from sklearn.base import clone
 from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
 from statsmodels.stats.multitest import multipletests
 
 from diffret_lib.experiments import allocation
@@ -17,7 +17,6 @@ from diffret_lib.experiments.allocation import (
     KAllocator,
     allocate,
     allocator_answer,
-    allocator_model_table,
     allocator_table,
     count_values,
     feature_correlations,
@@ -25,7 +24,7 @@ from diffret_lib.experiments.allocation import (
     mask_features,
     query_features,
 )
-from diffret_lib.experiments.comparison import paired
+from diffret_lib.experiments.comparison import QUERY, paired
 from diffret_lib.report import figures
 from diffret_lib.retrieval.systems import DiffRetriever
 from tests.test_study import changed, labelled, world  # noqa: F401  (a fixture)
@@ -127,12 +126,11 @@ def test_features_of_a_collection(world):  # noqa: F811
 
 def grid_of(values: dict[tuple[int, int], np.ndarray], collection: str = "c") -> pd.DataFrame:
     frames = [
-        pd.DataFrame(
-            {"collection": collection, "coverage": "whole", "query_id": [f"q{i:03}" for i in range(len(v))],
-             "k_query": kq, "k_passage": kp, "mode": mode, "metric": "ndcg@10", "value": v if mode == "hybrid" else 0.5}
-        ) for (kq, kp), v in values.items() for mode in ("dense", "hybrid")
+        pd.DataFrame({"query_id": [f"q{i:03}" for i in range(len(v))], "k_query": kq, "k_passage": kp, "mode": mode,
+                      "value": v if mode == "hybrid" else 0.5})
+        for (kq, kp), v in values.items() for mode in ("dense", "hybrid")
     ]  # fmt: skip
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True).assign(collection=collection, coverage="whole", metric="ndcg@10")
 
 
 def test_values_of_each_count():
@@ -142,6 +140,10 @@ def test_values_of_each_count():
     assert list(found.index) == [("c", "q000"), ("c", "q001")]
 
 
+def queries_of(n: int, collection: str = "c") -> pd.MultiIndex:
+    return pd.MultiIndex.from_product([[collection], [f"q{i:03}" for i in range(n)]], names=QUERY)
+
+
 def test_correlations_are_spearman_s_within_collections():
     rng = np.random.default_rng(0)
     grids, features = [], []
@@ -149,9 +151,8 @@ def test_correlations_are_spearman_s_within_collections():
         x = rng.normal(size=30)
         values = {(kq, kp): rng.normal(size=30) * 0.3 + kq * x for kq in (1, 2, 4) for kp in (1, 2)}
         grids.append(grid_of(values, name))
-        index = pd.MultiIndex.from_product([[name], [f"q{i:03}" for i in range(30)]], names=["collection", "query_id"])
         columns = {"goes": x + shift, "constant": 1.0, "other": rng.normal(size=30) - shift}
-        features.append(pd.DataFrame(columns, index=index))
+        features.append(pd.DataFrame(columns, queries_of(30, name)))
     one = feature_correlations(features[0], grids[0]).set_index(["feature", "target"])
     cells = count_values(grids[0], 1) / 2 + count_values(grids[0], 2) / 2
     rho, p = stats.spearmanr(features[0]["goes"], cells[4] - cells[1])
@@ -168,11 +169,9 @@ def test_correlations_are_spearman_s_within_collections():
 
 
 def test_queries_on_which_all_pairs_tie_have_no_best_count():
-    values = {(kq, 1): np.array([0.5, 0.5, 0.1 * kq, 0.2, 0.4]) for kq in (1, 2)} | {
-        (kq, 2): np.array([0.5, 0.5, 0.1, 0.3, 0.4 - 0.1 * kq]) for kq in (1, 2)
-    }
-    index = pd.MultiIndex.from_product([["c"], [f"q{i:03}" for i in range(5)]], names=["collection", "query_id"])
-    table = feature_correlations(pd.DataFrame({"x": np.arange(5.0)}, index), grid_of(values))
+    values = {(kq, 1): np.array([0.5, 0.5, 0.1 * kq, 0.2, 0.4]) for kq in (1, 2)}
+    values |= {(kq, 2): np.array([0.5, 0.5, 0.1, 0.3, 0.4 - 0.1 * kq]) for kq in (1, 2)}
+    table = feature_correlations(pd.DataFrame({"x": np.arange(5.0)}, queries_of(5)), grid_of(values))
     assert table.set_index("target")["queries"].to_dict() == {"best Kq": 3, "large over small Kq": 5}
 
 
@@ -181,8 +180,7 @@ def test_queries_on_which_all_pairs_tie_have_no_best_count():
 
 def learnable(n: int, signal: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Queries whose gain at Kq = 8 grows with the first feature, and at Kq = 1 falls with it."""
-    rng = np.random.default_rng(seed)
-    index = pd.MultiIndex.from_product([["c"], [f"q{i:03}" for i in range(n)]], names=["collection", "query_id"])
+    rng, index = np.random.default_rng(seed), queries_of(n)
     features = pd.DataFrame(rng.normal(size=(n, 3)) * [1, 50, 0.01], index, ["x", "y", "z"])
     base = rng.normal(0.5, 0.05, n)
     noise = rng.normal(0, 0.05, (2, n))
@@ -190,29 +188,30 @@ def learnable(n: int, signal: float, seed: int) -> tuple[pd.DataFrame, pd.DataFr
     return features, pd.DataFrame(values, index)
 
 
+def outcome(values: pd.DataFrame, chosen: np.ndarray | int, resamples: int = 50) -> pd.DataFrame:
+    """The table for a default of 4 and a chance level of a half."""
+    chosen, chance = (pd.Series(given, values.index) for given in (chosen, 0.5))
+    return allocator_table(values, chosen, 4, chance, resamples)
+
+
 def test_what_can_be_learned_is_learned():
-    features, values = learnable(120, 0.2, 0)
-    allocator = KAllocator(default=4).fit(features, values)
-    assert allocator.counts_ == [1, 8] and min(allocator.r2_.values()) > 0.8 and allocator.margin_ < 0.05
+    allocator = KAllocator(default=4).fit(*learnable(120, 0.2, 0))
+    assert allocator.learned_["k_query"].tolist() == [1, 8] and allocator.learned_["r2"].min() > 0.8
+    assert allocator.margin_ < 0.05
     new, truth = learnable(200, 0.2, 1)
-    chosen = pd.Series(allocator.predict(new), new.index)
-    far = new["x"].abs() > 0.3
-    assert (chosen[far & (new["x"] > 0)] == 8).all() and (chosen[far & (new["x"] < 0)] == 1).all()
-    row = allocator_table(truth, chosen, 4, resamples=200).iloc[-1]
+    chosen = allocator.predict(new)
+    assert (chosen[new["x"] > 0.3] == 8).all() and (chosen[new["x"] < -0.3] == 1).all()
+    row = outcome(truth, chosen, 200).iloc[-1]
     assert 0.8 < row["closed"] <= 1 and row["p"] < 0.01 and 0 < row["low"] < row["gain"] < row["high"]
-    # the order of columns does not matter
-    assert (allocator.predict(new[["z", "y", "x"]]) == chosen).all()
 
 
 def test_of_noise_nothing_is_learned():
     closed = []
     for seed in range(5):
-        features, values = learnable(40, 0.0, seed)
-        allocator = KAllocator(default=4).fit(features, values)
-        assert max(allocator.r2_.values()) < 0.1
+        allocator = KAllocator(default=4).fit(*learnable(40, 0.0, seed))
+        assert allocator.learned_["r2"].max() < 0.1
         new, truth = learnable(200, 0.0, 100 + seed)
-        chosen = pd.Series(allocator.predict(new), new.index)
-        closed.append(allocator_table(truth, chosen, 4, resamples=50)["closed"].iloc[-1])
+        closed.append(outcome(truth, allocator.predict(new))["closed"].iloc[-1])
     assert abs(np.mean(closed)) < 0.2
 
 
@@ -221,39 +220,37 @@ def test_the_default_is_kept_when_nothing_gains():
     values = pd.DataFrame({k: values[4] - (k != 4) * 0.1 for k in values}, values.index)
     allocator = KAllocator(default=4).fit(features, values)
     assert allocator.margin_ == np.inf and (allocator.predict(features) == 4).all()
-    table = allocator_table(values, pd.Series(4, values.index), 4, resamples=50)
+    assert (allocator.learned_["margin_gain"] == 0).all()
+    table = outcome(values, 4)
     assert table["gain"].tolist() == [0, 0] and table["changed"].tolist() == [0, 0] and table["closed"].isna().all()
 
 
 def test_margins_and_predictions_recomputed():
     features, values = learnable(40, 0.03, 3)
-    allocator = KAllocator(default=4, seed=2).fit(features, values)
-    z = (features - features.mean()) / features.std(ddof=0)
-    gains = values[[1, 8]].sub(values[4], axis=0)
-    plain = Ridge(allocator.model_[-1].alpha_).fit(z, gains)
+    allocator, gains = KAllocator(default=4, seed=2).fit(features, values), values[[1, 8]].sub(values[4], axis=0)
+    learned, z = allocator.learned_, (features - features.mean()) / features.std(ddof=0)
+    plain = Ridge(learned["alpha"]).fit(z, gains)
     predicted = plain.predict(z)
-    np.testing.assert_allclose(allocator.model_.predict(features.to_numpy()), predicted)
+    np.testing.assert_allclose(learned[["x", "y", "z"]], plain.coef_)
     by_hand = [4 if row.max() <= allocator.margin_ else (1, 8)[int(row.argmax())] for row in predicted]
     assert allocator.predict(features).tolist() == by_hand
-    for margin, gain in allocator.margin_gains_.items():
-        taken = [
-            0.0 if row.max() <= margin else actual[int(row.argmax())]
-            for row, actual in zip(allocator.out_of_fold_, gains.to_numpy(), strict=True)
-        ]
-        assert gain == pytest.approx(np.mean(taken))
-    assert allocator.margin_gains_[np.inf] == 0
-    assert allocator.margin_gains_[allocator.margin_] == max(allocator.margin_gains_.values())
-    table = allocator_model_table(allocator, values)
-    np.testing.assert_allclose(table[["x", "y", "z"]], plain.coef_)
-    assert table["k_query"].tolist() == [1, 8] and table["alpha"].tolist() == list(allocator.model_[-1].alpha_)
-    assert clone(allocator).get_params() == {"default": 4, "seed": 2}
-    np.testing.assert_allclose(table["mean_gain"], gains.mean())
+
+    def gained(margin: float) -> float:
+        rows = zip(allocator.out_of_fold_, gains.to_numpy(), strict=True)
+        return np.mean([0.0 if row.max() <= margin else actual[int(row.argmax())] for row, actual in rows])
+
+    best = max(map(gained, allocation.MARGINS))
+    assert learned["margin_gain"][0] == pytest.approx(best) == pytest.approx(gained(allocator.margin_))
+    assert (learned["margin"] == allocator.margin_).all()
+    np.testing.assert_allclose(learned["mean_gain"], gains.mean())
+    by_hand = [r2_score(gains[k], held_out) for k, held_out in zip(gains, allocator.out_of_fold_.T)]
+    np.testing.assert_allclose(learned["r2"], by_hand)
 
 
 def test_two_counts_and_unfit_input():
     features, values = learnable(20, 0.2, 0)
     two = KAllocator(default=4).fit(features, values[[4, 8]])
-    assert set(two.predict(features)) <= {4, 8} and len(allocator_model_table(two, values)) == 1
+    assert set(two.predict(features)) <= {4, 8} and len(two.learned_) == 1
     with pytest.raises(KeyError, match="2"):
         KAllocator(default=2).fit(features, values)
     with pytest.raises(ValueError, match="not of the same queries"):
@@ -263,12 +260,11 @@ def test_two_counts_and_unfit_input():
 
 
 def test_allocator_table_by_hand():
-    queries = [("c", "a"), ("c", "b"), ("d", "a"), ("d", "b"), ("d", "c")]
-    index = pd.MultiIndex.from_tuples(queries, names=["collection", "query_id"])
+    index = pd.MultiIndex.from_tuples([("c", "a"), ("c", "b"), ("d", "a"), ("d", "b"), ("d", "c")], names=QUERY)
     values = pd.DataFrame({1: [0.2, 0.9, 0.5, 0.0, 0.6], 4: [0.4, 0.5, 0.5, 0.2, 0.3]}, index)
     chosen = pd.Series([4, 1, 1, 1, 4], index).sample(frac=1, random_state=0)
     chance = pd.Series([0.1, 0.1, 0.02, 0.0, 0.04], index)
-    table = allocator_table(values, chosen, 4, resamples=500, chance=chance).set_index("collection")
+    table = allocator_table(values, chosen, 4, chance, 500).set_index("collection")
     assert list(table.index) == ["c", "d", "macro"] and table["queries"].tolist() == [2, 3, 5]
     expected = {
         "selected": [0.45, 1 / 3], "adaptive": [0.65, 0.8 / 3], "oracle_kq": [0.65, 1.3 / 3], "headroom": [0.2, 0.1],
@@ -279,40 +275,34 @@ def test_allocator_table_by_hand():
     np.testing.assert_allclose(table["closed"], [1, -2 / 3, (0.2 - 0.2 / 3) / 0.3])
     tested = ["low", "high", "p", "detectable"]
     assert table[tested].iloc[:2].isna().all().all()
-    gains = {"c": np.array([0, 0.4]), "d": np.array([0, -0.2, 0])}
-    found = paired(gains, 500)
+    found = paired(pd.Series([0, 0.4, 0, -0.2, 0], index), 500)
     assert table.loc["macro", tested].tolist() == [found[name] for name in tested]
-    with pytest.raises(ValueError, match="no Kq was chosen for 1 of 5 queries"):
-        allocator_table(values, chosen.iloc[1:], 4)
 
 
 def test_from_a_study_to_the_words(world):  # noqa: F811
     s, _ = world
     kq, kp = s.selected
     values = count_values(s.test_grid, kp)
-    queries = pd.DataFrame(list(values.index), columns=["collection", "query_id"]).assign(chance_kq=0.25)
-    found = allocate(s, queries)
-    assert len(found.learned) == len(s.profile.k_grid) - 1 and set(found.features.index) == set(values.index)
+    queries = pd.DataFrame(list(values.index), columns=QUERY).assign(chance_kq=0.25)
+    features, learned, table = allocate(s, queries)
+    assert len(learned) == len(s.profile.k_grid) - 1 and set(features.index) == set(values.index)
     known = count_values(s.train_grid, kp)
-    features = query_features(s, s.train_collection, s.selected)
-    allocator = KAllocator(default=kq, seed=s.profile.seed).fit(features.loc[known.index], known)
-    chosen = pd.Series(allocator.predict(found.features.loc[values.index]), values.index)
-    taken = [values.loc[query, k] for query, k in chosen.items()]
+    train = query_features(s, s.train_collection, s.selected)
+    allocator = KAllocator(default=kq, seed=s.profile.seed).fit(train.loc[known.index], known)
+    taken = [values.loc[query, k] for query, k in zip(values.index, allocator.predict(features.loc[values.index]))]
     means = pd.Series(taken, values.index).groupby(level="collection").mean()
-    outcome = found.outcome.set_index("collection")
-    np.testing.assert_allclose(outcome["adaptive"].drop("macro"), means[outcome.index.drop("macro")])
-    assert (outcome["chance"] == 0.25).all()
-    fig = figures.allocator(found.outcome)
+    found = table.set_index("collection")
+    np.testing.assert_allclose(found["adaptive"].drop("macro"), means[found.index.drop("macro")])
+    assert (found["chance"] == 0.25).all()
+    fig = figures.allocator(table)
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["mine-test", "other", "macro"]
     labelled(fig)
 
 
 def test_words_when_nothing_is_closed():
-    index = pd.MultiIndex.from_product([["c"], ["a", "b", "d"]], names=["collection", "query_id"])
-    values = pd.DataFrame({1: [0.2, 0.9, 0.5], 4: [0.4, 0.5, 0.5]}, index)
-    stays = allocator_table(values, pd.Series(4, index), 4, resamples=20, chance=pd.Series(0.5, index))
-    text = allocator_answer(stays)
+    values = pd.DataFrame({1: [0.2, 0.9, 0.5], 4: [0.4, 0.5, 0.5]}, queries_of(3))
+    text = allocator_answer(outcome(values, 4))
     assert "it never leaves the default" in text and "headroom of 0.133, 0.500 of it chance" in text
-    loses = allocator_answer(allocator_table(values, pd.Series([1, 4, 4], index), 4, resamples=20))
+    loses = allocator_answer(outcome(values, np.array([1, 4, 4])))
     assert "changes for 33% of the queries and moves nDCG@10 by **-0.0667**" in loses and "(p = 1;" in loses
     assert loses.endswith("no clear difference.")

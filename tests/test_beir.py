@@ -1,23 +1,28 @@
 from __future__ import annotations
 
+import gc
 import gzip
+import hashlib
 import json
 import logging
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
+import psutil
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from diffret_lib.config import collection_folder
 from diffret_lib.data import beir, load_collection
-from diffret_lib.data.beir import load_beir
-from diffret_lib.data.collection import Collection
-from diffret_lib.retrieval.metrics import per_query
+from diffret_lib.data.beir import load_beir, load_training_rows
+from diffret_lib.data.protocols import Download, metrics_of, protocol, published, read_published
+from diffret_lib.retrieval.metrics import METRICS, per_query
 from diffret_lib.retrieval.search import rank, to_results
 from diffret_lib.retrieval.systems import BM25
 
@@ -62,18 +67,45 @@ def test_reads_passages_queries_and_judgements(tmp_path: Path, caplog) -> None:
     assert not caplog.records
 
 
-def test_it_is_one_memory_mapped_entry_until_a_file_changes(tmp_path: Path, cache: Path, monkeypatch) -> None:
-    texts, reads = beir._texts, []
-    monkeypatch.setattr(beir, "_texts", lambda *files: reads.append(files) or texts(*files))
+def entries(cache: Path) -> dict[str, int]:
+    return {kind: sum(p.is_dir() for p in (cache / kind).glob("[!.]*")) for kind in ("texts", "judgements")}
+
+
+def test_texts_are_memory_mapped_and_read_again_when_their_file_changes(tmp_path: Path, cache: Path) -> None:
     first = load_beir(write(tmp_path / "pets"))
-    (entry,) = [p for p in (cache / "collections").iterdir() if p.is_dir()]
-    assert {p.name for p in entry.iterdir()} == {"passages", "queries", "collection.json", "manifest.json"}
-    assert all(entry in Path(f["filename"]).parents for f in first.passage_rows.cache_files)
-    assert load_beir(tmp_path / "pets").fingerprint == first.fingerprint and len(reads) == 2
+    assert entries(cache) == {"texts": 2, "judgements": 1}
+    for rows in (first.passage_rows, first.query_rows):
+        assert all(cache / "texts" in Path(f["filename"]).parents for f in rows.cache_files)
     (tmp_path / "pets").rename(tmp_path / "animals")
-    assert load_beir(tmp_path / "animals").name == "animals" and len(reads) == 2
+    again = load_beir(tmp_path / "animals")
+    assert again.name == "animals" and again.fingerprint == first.fingerprint
+    assert entries(cache) == {"texts": 2, "judgements": 1}
+    (tmp_path / "animals" / "qrels" / "dev.tsv").write_text("\n".join([QRELS[0], "q2\td1\t1"]))
+    assert load_beir(tmp_path / "animals", "dev").query_ids == ["q2"]
+    assert entries(cache) == {"texts": 2, "judgements": 2}  # another split has the same texts
     write(tmp_path / "animals", corpus=[*CORPUS, record("d3", "birds")])
-    assert len(load_beir(tmp_path / "animals").passages) == 3 and len(reads) == 4
+    assert len(load_beir(tmp_path / "animals").passages) == 3 and entries(cache) == {"texts": 3, "judgements": 3}
+
+
+def opening(folder: Path, n: int) -> list[float]:
+    """Bytes by which opening a folder of n passages, of some fifty words each, raises the resident set: twice."""
+    load_beir(write(folder / "small"))
+    write(folder / "large")
+    with (folder / "large" / "corpus.jsonl").open("a") as file:
+        file.writelines(record(f"p{i}", f"{'some fifty words of a passage ' * 10}{i}") + "\n" for i in range(n))
+    raised, process = [], psutil.Process()
+    for _ in range(2):  # read, and from the cache
+        gc.collect()
+        before = process.memory_info().rss
+        found = load_beir(folder / "large")
+        raised.append(process.memory_info().rss - before)
+        assert len(found.passages) == n + 2 and found.passages[n + 1].endswith(f" {n - 1}")
+    return raised
+
+
+def test_opening_takes_500_mb_for_a_million_passages_at_most(tmp_path: Path) -> None:
+    """A part of it, in proportion; ``PYTHONPATH=. python tests/test_beir.py`` opens the million."""
+    assert max(opening(tmp_path, 50_000)) < 500e6 * 50_000 / 1e6
 
 
 def test_byte_order_mark_crlf_blank_lines_and_gz_change_nothing(tmp_path: Path) -> None:
@@ -115,8 +147,7 @@ def test_the_query_itself_never_counts_for_it(tmp_path: Path) -> None:
     assert per_query(found.qrels, bm25(found))["ndcg@10"].tolist() == [1.0, 1.0]
     part = found.restrict(["pro-1a", "pro-2a"], ["pro-1b"])  # without the query's own passage
     assert part.excluded is None and found.restrict(texts, ["pro-1a"]).excluded.tolist() == [0]
-    plain = Collection.load(next(Path(os.environ["DIFFRET_CACHE"]).glob("collections/*/")))
-    assert plain.fingerprint == found.fingerprint != replace(plain, own=()).fingerprint
+    assert replace(found, own=()).excluded is None and replace(found, own=()).fingerprint != found.fingerprint
 
 
 def test_an_id_that_is_the_same_by_chance_counts(tmp_path: Path) -> None:
@@ -191,7 +222,7 @@ def test_each_leniency_is_counted_and_said_once(tmp_path: Path, caplog) -> None:
 def test_bad_corpus(tmp_path: Path, cache: Path, capfd, corpus: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_beir(write(tmp_path, corpus=corpus))
-    assert [p for p in (cache / "collections").iterdir() if p.is_dir()] == []
+    assert entries(cache) == {"texts": 0, "judgements": 0}
     assert "".join(capfd.readouterr()) == ""
 
 
@@ -301,7 +332,7 @@ def test_paths_and_names_of_load_collection(tmp_path: Path, monkeypatch) -> None
     (tmp_path / "data" / "scifact" / "qrels" / "train.tsv").write_text("\n".join([QRELS[0], "q3\td2\t1"]))
     train = load_collection("beir/scifact:train")
     assert train.name == "beir/scifact:train" and train.description == "BEIR folder beir/scifact, split train"
-    with pytest.raises(FileNotFoundError, match="no collection 'beir/perl': set DIFFRET_DATA .*hub there are arguana"):
+    with pytest.raises(FileNotFoundError, match="no collection 'beir/perl': set DIFFRET_DATA .*are msmarco/train, "):
         load_collection("beir/perl")
     with pytest.raises(FileNotFoundError, match="no collection 'nothing/here'.*pydocs/pandas-train"):
         load_collection("nothing/here")
@@ -309,22 +340,158 @@ def test_paths_and_names_of_load_collection(tmp_path: Path, monkeypatch) -> None
         load_collection("pydocs/perl")
 
 
-def test_a_collection_of_the_hub(tmp_path: Path, monkeypatch) -> None:
-    """Files as the hub has them, in a local folder: Parquet of passages and of queries, and judgements by split."""
-    revision, of_qrels = beir.REVISIONS["nq"]
-    texts, judgements = f"nq@{revision}", f"nq-qrels@{of_qrels}"
-    for part, lines in (("corpus", CORPUS), ("queries", QUERIES)):
-        rows = [{"title": "", **json.loads(line)} for line in lines]
-        (tmp_path / texts / part).mkdir(parents=True)
-        for i, row in enumerate(rows):
-            shard = f"{part}-0000{i}-of-0000{len(rows)}.parquet"
-            datasets.Dataset.from_list([row]).to_parquet(tmp_path / texts / part / shard)
-    (tmp_path / judgements).mkdir()
-    (tmp_path / judgements / "test.tsv").write_text("\n".join(QRELS))
-    monkeypatch.setattr(beir, "HUB", str(tmp_path))
+def test_msmarco_is_one_folder_with_judgements_of_its_own_for_each_name(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "msmarco"
+    queries = [record("1", "what is lift"), record("2", "what is drag"), record("3", "who flies")]
+    write(folder, [record("1", "what is lift, they ask"), record("2", "air drags")], queries, [QRELS[0], "2\t2\t3"])
+    for split, row in (("dev", "1\t2\t1"), ("trec-dl-2020", "3\t2\t2"), ("train", "2\t1\t1")):
+        (folder / "qrels" / f"{split}.tsv").write_text(f"{QRELS[0]}\n{row}\n")
+    monkeypatch.setenv("DIFFRET_DATA", str(tmp_path))
+    found = {name: load_collection(f"msmarco/{name}") for name in ("train", "dev", "dl19", "dl20")}
+    assert [c.name for c in found.values()] == [f"msmarco/{name}" for name in found]
+    assert [c.query_ids[0] for c in found.values()] == ["2", "1", "2", "3"]  # BEIR's test.tsv is DL 2019
+    assert found["dev"].excluded is None  # its passage 1 holds query 1, and counts all the same
+    rows = pd.DataFrame(map(protocol, found.values()))
+    assert rows["metric"].tolist() == ["mrr@10", "mrr@10", "ndcg@10", "ndcg@10"]
+    assert (rows["passage"] == "text").all() and rows["licence"].str.startswith("non-commercial").all()
+    graded = "grade above 0; 2 or more for MRR and recall"
+    assert rows["relevant"].tolist() == ["grade above 0", "grade above 0", graded, graded]
+    with pytest.raises(FileNotFoundError, match=r"dl20\.tsv is missing.*splits there: dev, test, train"):
+        (folder / "qrels" / "trec-dl-2020.tsv").unlink()
+        load_collection("msmarco/dl20")
+
+
+def test_metrics_count_grades_as_published() -> None:
+    qrels, run = {"q": {"a": 1, "b": 2, "c": 3}}, {"q": {"a": 3.0, "b": 2.0}}
+    values = {m: v.item() for m, v in per_query(qrels, run, metrics_of("msmarco/dl20")).items()}
+    assert values["mrr@10-l2"] == 1 / 2 and values["recall@100-l2"] == 1 / 2  # a is not relevant, c not found
+    dcg = [sum(g / np.log2(i + 2) for i, g in enumerate(grades)) for grades in ((1, 2), (3, 2, 1))]
+    assert values["ndcg@10"] == pytest.approx(dcg[0] / dcg[1])
+    assert metrics_of("msmarco/dev") == ("mrr@10", "ndcg@10", "recall@100")
+    assert metrics_of("beir/scifact:train") == metrics_of("my own") == METRICS
+
+
+def test_the_table_of_published_collections() -> None:
+    table = read_published()
+    kinds = [name.partition("/")[0] for name in table]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"msmarco": 4, "beir": 7, "nano": 13}
+    assert [name for name, row in table.items() if row.revision is None] == ["beir/quora"]
+    assert "newest (not pinned)" in str(table["beir/quora"]) and "revision 4163ba0" in str(table["nano/fiqa2018"])
+    assert table["beir/scifact"].passages == 5183 and table["msmarco/dl20"].metrics[0] == "ndcg@10"
+
+
+# -- the hub: its files, in a local folder
+
+
+def parquet(folder: Path, rows: list[dict], shards: int = 1) -> None:
+    folder.mkdir(parents=True)
+    for i in range(shards):
+        datasets.Dataset.from_list(rows[i::shards]).to_parquet(folder / f"x-0000{i}-of-0000{shards}.parquet")
+
+
+def texts_on_the_hub(hub: Path, name: str, **keys: str) -> Path:
+    """Passages and queries in the repository of a published collection."""
+    row = published(name)
+    folder = hub / f"{row.hub}@{row.revision}"
+    parquet(folder / "corpus", [keys | json.loads(line) for line in CORPUS], shards=2)
+    parquet(folder / "queries", [keys | json.loads(line) for line in QUERIES])
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setattr(beir, "HUB", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_collection_of_the_hub(tmp_path: Path, hub: Path) -> None:
+    """Parquet of passages and of queries, and judgements by split."""
+    assert not beir.in_cache(published("beir/nq"))
+    texts_on_the_hub(hub, "beir/nq", title="")
+    judged = published("beir/nq").judgements
+    folder = hub / f"{judged.hub}@{judged.revision}"
+    folder.mkdir(parents=True)
+    (folder / "test.tsv").write_text("\n".join(QRELS))
     found = load_collection("beir/nq")
-    folder = load_beir(write(tmp_path / "pets"))
-    assert found.fingerprint == folder.fingerprint and found.name == "beir/nq"
-    assert found.description == f"hub, revision {revision[:7]} beir/nq, split test"
-    with pytest.raises(FileNotFoundError, match="nq, split dev: set DIFFRET_DATA to a folder with nq/.* or connect"):
+    assert found.fingerprint == load_beir(write(tmp_path / "pets")).fingerprint and found.name == "beir/nq"
+    assert found.description == "hub, BeIR/nq, revision b7253e6, split test" and beir.in_cache(published("beir/nq"))
+    with pytest.raises(FileNotFoundError, match="split dev: set DIFFRET_DATA to a folder with nq/.* connect to"):
         load_collection("beir/nq:dev")
+
+
+def test_nanobeir_has_tables_of_judgements_without_grades(hub: Path) -> None:
+    folder = texts_on_the_hub(hub, "nano/scifact")
+    parquet(folder / "qrels", [{"query-id": "q1", "corpus-id": "d1"}, {"query-id": "q3", "corpus-id": "d2"}])
+    found = load_collection("nano/scifact")
+    assert found.qrels == {"q1": {"d1": 1}, "q3": {"d2": 1}} and found.passages[0] == "Cats purr"
+    with pytest.raises(FileNotFoundError, match="nano/fiqa2018.*folder with nano/fiqa2018/, a BEIR folder"):
+        load_collection("nano/fiqa2018")
+
+
+def test_dl_2020_has_queries_and_judgements_of_its_own(tmp_path: Path, hub: Path, monkeypatch) -> None:
+    texts_on_the_hub(hub, "msmarco/dl20")
+    row, update = published("msmarco/dl20"), {}
+    content = {"topics": gzip.compress(b"7\twho purrs\n8\tunjudged\n"), "judgements": b"7 0 d1 3\n7 0 d2 0\n"}
+    for key, data in content.items():
+        path = tmp_path / getattr(row, key).url.rpartition("/")[2]
+        path.write_bytes(data)
+        update[key] = Download(url=path.as_uri(), md5=hashlib.md5(data).hexdigest())
+    monkeypatch.setattr(beir, "published", lambda name: row.model_copy(update=update))
+    found = load_collection("msmarco/dl20")
+    assert found.query_ids == ["7"] and found.queries == ["who purrs"] and found.qrels == {"7": {"d1": 3, "d2": 0}}
+    update["judgements"] = Download(url=update["judgements"].url, md5=32 * "0")
+    with pytest.raises(ValueError, match="2020qrels-pass.txt has the MD5 .*, not 0000.* damaged, or another version"):
+        load_collection("msmarco/dl20")
+
+
+# -- training rows
+
+
+def training_line(name: str, **changes: object) -> str:
+    passage = {"docid": "1", "title": "Cats", "text": "purr"}
+    row = {"query_id": name, "query": "who purrs", "positive_passages": [passage],
+           "negative_passages": [{"docid": "2", "title": "", "text": "dogs"}, passage | {"title": None}]}  # fmt: skip
+    return json.dumps(row | changes)
+
+
+def test_training_rows_of_a_file_and_of_the_hub(tmp_path: Path, hub: Path, cache: Path, monkeypatch) -> None:
+    lines = "\n".join([training_line("1"), training_line("2", negative_passages=[])]).encode()
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines))
+    rows = load_training_rows(tmp_path / "rows.jsonl.gz")
+    assert rows[0] == {"query_id": "1", "query": "who purrs", "positives": ["Cats purr"], "negatives": ["dogs", "purr"]}
+    assert rows[1]["negatives"] == [] and cache in Path(rows.cache_files[0]["filename"]).parents
+    with pytest.raises(FileNotFoundError, match="Tevatron/msmarco-passage-aug@main/train.jsonl.gz"):
+        load_training_rows()
+    folder = hub / f"{beir.TRAINING_ROWS.hub}@main"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl.gz").write_bytes(gzip.compress(lines))
+    assert load_training_rows().to_list() == rows.to_list()
+    mirror = tmp_path / "data" / "msmarco-passage-aug"
+    mirror.mkdir(parents=True)
+    (mirror / "train.jsonl.gz").write_bytes(gzip.compress(training_line("3").encode()))
+    monkeypatch.setenv("DIFFRET_DATA", str(tmp_path / "data"))
+    assert load_training_rows()["query_id"][:] == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query_id": "1"}, "duplicate id '1', first on line 1"),
+        ({"query": " "}, "empty text for id '2'"),
+        ({"positive_passages": []}, "query '2' has no positive passage"),
+        ({"negative_passages": "none"}, '"negative_passages" must be a list, got str'),
+        ({"negative_passages": ["text"]}, "malformed JSON"),
+        ({"positive_passages": [{"title": "x"}]}, 'the key "text" is missing'),
+    ],
+)
+def test_bad_training_rows(tmp_path: Path, change: dict, message: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(f"{training_line('1')}\n\n{training_line('2', **change)}\n")
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:3: {message}"):
+        load_training_rows(tmp_path / "rows.jsonl")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as work:
+        os.environ["DIFFRET_CACHE"] = f"{work}/cache"
+        read, again = opening(Path(work), 1_000_000)
+        print(f"a million passages: {read / 1e6:.0f} MB to read them, {again / 1e6:.0f} MB more to open them again")

@@ -12,15 +12,24 @@ from diffret_lib.data.collection import Collection
 from diffret_lib.retrieval.systems import DiffRetriever
 from tests.tiny import SENTENCES, tiny_backbone
 
-PATH = Path(__file__).resolve().parents[1] / "benchmarks" / "encode.py"
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def encode():
-    spec = importlib.util.spec_from_file_location("benchmarks_encode", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("encode")
+
+
+@pytest.fixture(scope="module")
+def scale():
+    return load("scale")
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +101,43 @@ def test_other_vectors_are_an_error(encode, backbone, monkeypatch):
     monkeypatch.setattr(encode, "encode_plainly", lambda retriever, texts, size: right(retriever, texts[::-1], size))
     with pytest.raises(ValueError, match="plain way gives (other|another number of) vectors"):
         encode.benchmark([backbone], SENTENCES, [1], 1)
+
+
+# -- scale.py
+
+
+def test_tables_of_search(scale, tmp_path, monkeypatch, capsys):
+    settings = {"SIDE": 64, "FEW": 2, "PROBES": (1, 64), "CANDIDATES": (100, 600), "CLUSTER": 50}
+    settings["PLANS"] = (("mean", "Flat"), ("vectors", "IVF{},SQ8"))
+    for name, value in settings.items():
+        monkeypatch.setattr(scale, name, value)
+    sizes = ["--passages", "600", "--large-passages", "200", "--queries", "12", "--alone", "6", "--rounds", "2"]
+    command = [*sizes, "--data", str(tmp_path / "data"), "--output", str(tmp_path / "new")]
+    assert scale.main(command) == 0
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "scale_exact.csv", "scale_latency.csv", "scale_latency.png"
+    ]  # fmt: skip
+    exact, latency = (pd.read_csv(tmp_path / "new" / f"scale_{name}.csv") for name in ("exact", "latency"))
+    ways = ["float32 float32", "float16 float32", "int8 float32", "float32 bfloat16", "int8 bfloat16"]
+    assert (exact["storage"] + " " + exact["products"]).tolist() == 2 * ways
+    assert (exact[["seconds", "share_of_peak", "first_search_peak_rss_gib"]] > 0).all(axis=None)
+    assert (exact["recall@100"] > 0.9).all() and (exact["recall@100"][::5] == 1).all()
+    assert exact["gib"].to_numpy()[:3] * 2**30 == pytest.approx([600 * 4 * 512, 600 * 4 * 256, 600 * 4 * 132], rel=1e-3)
+    assert latency.groupby("passages").size().tolist() == [3 + 6 + 4] * 2
+    everything = latency[(latency["candidates"] == 600) & latency["nprobe"].isna() & (latency["storage"] == "float32")]
+    assert (everything["recall@100"] == 1).all() and len(everything) == 2
+    probed = latency[latency["candidates"] == 600].dropna(subset="nprobe").set_index("nprobe")["recall@100"]
+    assert probed[probed.index.max()].mean() > probed[1].mean() > 0
+    assert "int8" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*.npy")}
+    found = scale.indexes(tmp_path / "data", 600, 4, 128)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*.npy")} == before  # read, not made
+    again = np.concatenate([part.dense for part in scale.clustered(600, 4, 128)])
+    assert (found["float32"].reconstruct(range(600)).dense == again).all()
+
+
+def test_quality_by_hand(scale):
+    exact = np.zeros((2, 4)), np.array([[3, 1, 2, 0], [5, 6, 7, 8]])
+    found = np.zeros((2, 4)), np.array([[1, 3, 9, -1], [8, 7, 6, 5]])
+    scores = scale.quality(found, exact, np.array([3, 4]))
+    assert scores == pytest.approx({"recall@100": (0.5 + 1) / 2, "ndcg@10": (1 / np.log2(3) + 0) / 2})

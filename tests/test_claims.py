@@ -19,6 +19,7 @@ from diffret_lib.experiments import claims
 from diffret_lib.experiments.claims import (
     CONTRADICTED,
     INCONCLUSIVE,
+    NO_TRAINING,
     NOT_TESTED,
     PRODUCERS,
     SUPPORTED,
@@ -30,8 +31,9 @@ from diffret_lib.experiments.claims import (
 )
 from diffret_lib.experiments.comparison import compare_systems, transfer
 from diffret_lib.report import figures
-from diffret_lib.report.results import Results
+from diffret_lib.report.results import Results, paper_against_ours
 from diffret_lib.retrieval.search import RANK_MODES
+from tests.test_study import changed, world  # noqa: F401  (world is a fixture)
 
 OUT_OF_DOMAIN = ["pydocs/numpy", "scifact"]
 COLLECTIONS = ["pydocs/pandas-test", *OUT_OF_DOMAIN]
@@ -58,17 +60,21 @@ def levels(**changed: float) -> Levels:
     return {(names[k[:4]], k[5:]): v for k, v in (base | changed).items()}
 
 
+def values(mean: float, spread: float, seed: list[int]) -> pd.DataFrame:
+    """A value for each query: their mean is as given."""
+    noise = np.random.default_rng(seed).normal(0, spread, QUERIES)
+    return pd.DataFrame({"query_id": QUERY_IDS, "value": mean + noise - noise.mean(), "metric": "ndcg@10"})
+
+
 def per_query(means: Levels, noise: float = 0.05) -> pd.DataFrame:
-    """Every system and mode has the given mean in each collection, and noise by query that averages to zero."""
+    """Every system and mode has the given mean in each collection."""
     rows = []
     for s, ((training, system), mean) in enumerate(means.items()):
         modes = ("dense",) if system.startswith(("DiffEmbed", "RepLLaMA", "Mean")) else RANK_MODES
         for m, mode in enumerate(("sparse",) if system == "BM25" else modes):
             for c, collection in enumerate(COLLECTIONS):
-                values = np.random.default_rng([s, m, c]).normal(0, noise, QUERIES)
-                frame = pd.DataFrame({"query_id": QUERY_IDS, "value": mean + values - values.mean()})
                 about = {"training": training, "system": system, "mode": mode, "collection": collection}
-                rows.append(frame.assign(family="any", k_query=4, k_passage=2, metric="ndcg@10", **about))
+                rows.append(values(mean, noise, [s, m, c]).assign(**about))
     frame = pd.concat(rows, ignore_index=True)
     # other metrics and trainings, and the training package's collection, have no say
     other, tuned = frame.assign(metric="mrr@10", value=0.0), frame[frame["training"] == "fine-tuned"]
@@ -83,9 +89,8 @@ def grid(loss: float, spread: float, level: float = 0.4) -> pd.DataFrame:
     for j, (kq, kp) in enumerate(GRID):
         mean = {PAIR: level, (2, 2): level + loss}.get((kq, kp), level - 0.05)
         for c, collection in enumerate(("pydocs/pandas-train", *COLLECTIONS)):
-            values = np.random.default_rng([j, c]).normal(0, spread, QUERIES)
-            frame = pd.DataFrame({"query_id": QUERY_IDS, "value": mean + values - values.mean()})
-            base = frame.assign(collection=collection, coverage="whole", k_query=kq, k_passage=kp, metric="ndcg@10")
+            base = values(mean, spread, [j, c])
+            base = base.assign(collection=collection, coverage="whole", k_query=kq, k_passage=kp)
             rows += [base.assign(mode="hybrid"), base.assign(mode="dense", value=0.0)]
     return pd.concat(rows, ignore_index=True)
 
@@ -135,8 +140,8 @@ def ledger(results: Results, resamples: int = RESAMPLES) -> claims.Ledger:
     return claims.ledger(results.folder, results.profile_name, OUT_OF_DOMAIN, resamples=resamples)
 
 
-def verdicts(results: Results) -> dict[int, str]:
-    return ledger(results).verdicts.set_index("claim")["verdict"].to_dict()
+def verdicts(found: claims.Ledger) -> dict[int, str]:
+    return found.verdicts.set_index("claim")["verdict"].to_dict()
 
 
 @pytest.fixture(scope="module")
@@ -232,11 +237,8 @@ def test_what_is_declared(tests):
 # -- every claim, every verdict ----------------------------------------------------------------------------------
 
 
-def test_all_claims_hold(found):
-    assert found.verdicts["verdict"].to_dict() == dict.fromkeys(range(7), SUPPORTED)
-
-
-def test_all_claims_fail(tmp_path):
+def test_all_claims_hold_or_fail(found, tmp_path):
+    assert verdicts(found) == dict.fromkeys(range(1, 8), SUPPORTED)
     means = levels(**{
         "zero_DiffEmbed": 0.5, "zero_DiffRetriever multi": 0.2, "zero_PromptReps multi": 0.4, "fine_DiffEmbed": 0.7,
         "fine_DiffRetriever multi": 0.4, "fine_PromptReps multi": 0.5,
@@ -246,7 +248,7 @@ def test_all_claims_fail(tmp_path):
         claim4_ratios=ratios((1.5, 1.4, 1.6), (7, 6, 8), (1.5, 1.2, 1.9)),
         oracle_chance=chance((0.0, -0.01, 0.01, 0.5), (-0.1, -0.2, -0.05, 0.001)),
     )  # fmt: skip
-    assert set(verdicts(results).values()) == {CONTRADICTED}
+    assert set(verdicts(ledger(results)).values()) == {CONTRADICTED}
 
 
 def test_no_claim_can_be_decided(tmp_path):
@@ -261,9 +263,10 @@ def test_no_claim_can_be_decided(tmp_path):
     )  # fmt: skip
     found = ledger(results)
     assert set(found.verdicts["verdict"]) == {INCONCLUSIVE}
-    text = describe(found, 2)
     own = found.tests.set_index("id").loc["2a"]
-    assert f"detectable at 80 % power: {own['detectable']:.3f}; more than 100,000 queries would decide it" in text
+    text = f"{own['detectable']:.3f} is detectable at 80 % power; more than 100,000 queries would decide it"
+    text = f"(dense) − DiffRetriever single (dense): {own['value']:+.3f} was measured, {text}"
+    assert f"- 2a, DiffRetriever multi {text}" in describe(found, 2)
 
 
 def test_nothing_was_run(tmp_path):
@@ -275,8 +278,8 @@ def test_nothing_was_run(tmp_path):
     assert all(note.endswith(tuple(ways)) for note in found.tests["note"])
     write_claims(found, tmp_path / "claims.json")
     assert [c["verdict"] for c in json.loads((tmp_path / "claims.json").read_text())["claims"]] == [NOT_TESTED] * 7
-    assert all("not tested" in describe(found, claim) for claim in range(1, 8))
-    assert "**not tested**: 1, 2, 3, 4, 5, 6, 7" in answer(found)
+    assert "04_evaluation writes it" in describe(found, 1)
+    assert "**not tested**: 1, 2, 3, 4, 5, 6, 7" in answer(found) and "in part" not in answer(found)
     plt.close(figures.claims_forest(found.tests))
 
 
@@ -287,32 +290,45 @@ def test_nothing_was_run(tmp_path):
 def test_one_missing_table(tmp_path, table, lost):
     found = ledger(make(tmp_path, **{table: None}))
     assert set(found.verdicts["claim"][found.verdicts["verdict"] == NOT_TESTED]) == lost
-    assert found.tests["note"].str.startswith(f"tables/{table}.csv is not there; notebook").any()
+    notes = found.tests["note"][found.tests["note"].str.startswith(f"tables/{table}.csv is not there; notebook")]
+    assert len(notes) and notes.str.contains(PRODUCERS[table]).all()
 
 
-def test_zero_shot_alone(tmp_path):
+def test_a_profile_without_fine_tuning(tmp_path):
+    """A claim that needs a fine-tuned system is not tested, and the text says how the rest of it stands."""
     frame = defaults()["per_query"]
     found = ledger(make(tmp_path, per_query=frame[frame["training"] == "zero-shot"], oracle_chance=chance()[:4]))
-    supported = found.verdicts["claim"][found.verdicts["verdict"] == SUPPORTED]
-    assert supported.tolist() == [1, 2, 4, 6] and set(found.verdicts["verdict"]) == {SUPPORTED, NOT_TESTED}
-    note = found.tests.set_index("id")["note"]["1d"]
-    assert note.startswith("there is no DiffRetriever single, fine-tuned (dense) in the table; notebook 04")
-    assert found.verdicts["where"][0] == "supported: dense zero-shot; sparse zero-shot; hybrid zero-shot"
-    # claim 5 needs every other system
-    assert verdicts(make(tmp_path / "more", per_query=frame[frame["system"] != "RepLLaMA"]))[5] == NOT_TESTED
+    outcome = {claim: SUPPORTED if claim in (1, 2, 4, 6) else NOT_TESTED for claim in range(1, 8)}
+    assert verdicts(found) == outcome
+    tuned = found.tests["training"] == "fine-tuned"
+    assert (found.tests["note"][tuned] == NO_TRAINING).all() and (found.tests["verdict"][tuned] == NOT_TESTED).all()
+    where, (before, after) = found.verdicts["where"], ("; ".join(f"{m} {t}" for m in ("dense", "sparse", "hybrid"))
+                                                       for t in ("zero-shot", "fine-tuned"))  # fmt: skip
+    assert where[0] == f"supported: {before}. not tested: {after} ({NO_TRAINING})"
+    part = "supported: per-query oracle less chance (hybrid) − best fixed pair"
+    rest = "not tested: per-query oracle, frozen, less chance (hybrid) − DiffRetriever multi, fine-tuned"
+    assert where[6] == f"{part}. {rest} ({NO_TRAINING})" and where[6] in describe(found, 7)
+    text = f"Tested in part, which is no verdict: claim 3 (supported: {before}), claim 7 ({part}). Not tested: "
+    assert answer(found).endswith(f"{text}{NO_TRAINING}.")
+    table = paper_against_ours(found.tests)
+    assert set(table["ours"][table["verdict"] == NOT_TESTED]) == {""} and len(table) == found.tests["counts"].sum()
 
 
-def test_selected_pair_that_is_not_in_the_grid(tmp_path):
-    results = make(tmp_path)
-    results.record("selected_pair", [16, 16], section="results")
-    own = ledger(results, 100).tests.set_index("id").loc["6a"]
-    assert own["verdict"] == NOT_TESTED and "(16, 16)" in own["note"]
+def test_a_profile_that_fine_tunes_some(tmp_path):
+    frame = defaults()["per_query"]
+    found = ledger(make(tmp_path, per_query=frame[frame["system"] != "RepLLaMA"]))
+    assert verdicts(found)[5] == NOT_TESTED  # it needs every other system
+    note = found.tests.set_index("id")["note"]["5d"]
+    assert note.startswith("there is no RepLLaMA, fine-tuned (dense) in the table; notebook 04")
 
 
-def test_systems_of_other_queries_are_not_compared(tmp_path):
+def test_a_pair_that_is_not_in_the_grid_and_systems_of_other_queries(tmp_path):
     frame = defaults()["per_query"]
     lost = (frame["system"] == "DiffEmbed (text only)") & (frame["query_id"] == "003")
-    tests = ledger(make(tmp_path, per_query=frame[~lost]), 100).tests.set_index("id")
+    results = make(tmp_path, per_query=frame[~lost])
+    results.record("selected_pair", [16, 16], section="results")
+    tests = ledger(results, 100).tests.set_index("id")
+    assert tests["verdict"]["6a"] == NOT_TESTED and "(16, 16)" in tests["note"]["6a"]
     assert tests["verdict"]["1g"] == NOT_TESTED and "same queries" in tests["note"]["1g"]
     assert tests["verdict"]["1a"] != NOT_TESTED
 
@@ -324,15 +340,14 @@ def test_an_undertrained_system_enters_no_verdict(tmp_path, found, system):
     out = result.tests[result.tests["note"].str.startswith(f"{system}, fine-tuned: undertrained")]
     assert not out["counts"].any() and (out["verdict"] == NOT_TESTED).all() and out["p_corrected"].isna().all()
     assert f"undertrained, so in no verdict: {system}, fine-tuned" in answer(result)
-    now = result.verdicts.set_index("claim")
+    now, where = verdicts(result), result.verdicts.set_index("claim")["where"]
     if system == "RepLLaMA":
-        assert out["id"].tolist() == ["5d"] and now["verdict"][5] == SUPPORTED and "RepLLaMA" not in now["where"][5]
+        assert out["id"].tolist() == ["5d"] and now[5] == SUPPORTED and "RepLLaMA" not in where[5]
         own = result.tests.set_index("id").loc[["5a", "5b", "5c"]]  # the family is that much smaller
         np.testing.assert_allclose(own["p_corrected"], multipletests(own["p"], method="holm")[1])
     else:
-        assert set(out["claim"]) == {2, 5, 7} and now["verdict"][5] == NOT_TESTED
-        assert now["where"][2] == "supported: dense zero-shot; sparse zero-shot; hybrid zero-shot; mean zero-shot"
-        assert "undertrained" in describe(result, 5) and now["verdict"][7] == SUPPORTED
+        assert set(out["claim"]) == {2, 5, 7} and now[5] == NOT_TESTED and now[7] == SUPPORTED
+        assert where[2] == "supported: dense zero-shot; sparse zero-shot; hybrid zero-shot; mean zero-shot"
 
 
 # -- the numbers -------------------------------------------------------------------------------------------------
@@ -389,7 +404,7 @@ def test_a_conjunction_needs_no_correction(tmp_path):
     assert "with collections resampled as well, 0 of 2 intervals lie above 0" in text
     # one that is against the claim must be clear after the correction
     against = chance((0.05, 0.03, 0.07, 0.04), (-0.1, -0.2, -0.01, 0.04))
-    assert verdicts(make(tmp_path / "against", oracle_chance=against))[7] == INCONCLUSIVE
+    assert verdicts(ledger(make(tmp_path / "against", oracle_chance=against)))[7] == INCONCLUSIVE
 
 
 def test_strongest_is_against_the_best_mode_of_each(tmp_path):
@@ -445,33 +460,44 @@ def test_words_of_the_verdicts(made, found):
     text = answer(found)
     assert "**supported**: 1, 2, 3, 4, 5, 6, 7. " in text and "up to 80 queries" in text and "(numpy, scifact)." in text
     text = describe(found, 2)
-    assert text.startswith("**Claim 2: supported.**") and "(text only)" not in text  # of multi there is no such row
-    assert "- 2a, DiffRetriever multi (dense) − DiffRetriever single (dense): **+0.100** [" in text
-    assert "(collections resampled too: [" in text and "80 queries: supported" in text
-    assert "- 1g (shown), DiffRetriever single (text only) (dense)" in describe(found, 1)
-    assert "**14.000** [12.000, 16.000], held against about 15: supported" in describe(found, 4)
-    assert set(found.shown()["id"]) >= set(found.tests["id"][found.tests["counts"]])
+    assert text.startswith("**Claim 2: supported.** With a diffusion backbone, several masks") and "\n-" not in text
+    assert f"*Tests:* {table['where'][2]}. *Not shown:* One small" in text
+    assert "The paper's own: about 1x for masks;" in describe(found, 4)
 
 
-def test_forest_marks_verdicts(found):
-    assert set(figures._VERDICTS) == {SUPPORTED, CONTRADICTED, INCONCLUSIVE}
-    fig = figures.claims_forest(found.tests)
-    fig.canvas.draw()
-    assert sum(len(ax.get_yticklabels()) for ax in fig.axes) == found.tests["counts"].sum()
-    plt.close(fig)
-
-
-def test_notebook_has_the_cells_it_needs(made, monkeypatch):
-    """The notebook, run on the made results."""
-    space: dict = {"__name__": "__main__"}
+def test_notebooks_of_a_profile_that_trains_nothing(world, tmp_path, monkeypatch):  # noqa: F811
+    """Notebooks 04 to 07 on a tiny study without fine-tuned systems: they run, and say so."""
+    s, _ = world
+    efficiency = s.profile.efficiency.model_dump() | {"batch_sizes": [1, 8], "rounds": 2}
+    s, results = changed(s, fine_tuned=[], efficiency=efficiency), Results("nothing", tmp_path)
+    s.selected = (2, 2)
+    results.record("selected_pair", [2, 2], section="results")
+    results.data(s.test_grid, "grid_per_query")
     shown: list = []
-    monkeypatch.setattr("IPython.display.display", lambda *objects, **_: shown.extend(o.data for o in objects))
-    profile = SimpleNamespace(name="made", seed=0)
-    study = SimpleNamespace(profile=profile, out_of_domain=OUT_OF_DOMAIN)
-    monkeypatch.setattr("diffret_lib.report.start", lambda *_: (study, made))
-    for cell in nbformat.read(CHECKOUT / "notebooks" / "07_claims.ipynb", 4).cells:
-        if cell.cell_type == "code":
-            exec(compile(cell.source, cell.id, "exec"), space)
-    assert (made.folder / "claims.json").is_file() and (made.figures / "claims_forest.svg").is_file()
-    assert (made.tables / "claims.md").is_file() and shown[0].startswith("**Answer.**") and "**Claim 7: " in shown[-1]
+    drawn: dict[str, bool] = {}  # is there something in each panel?
+
+    def drew(_, fig, name: str) -> None:
+        drawn[name] = all(ax.collections or ax.lines or ax.patches for ax in fig.axes if ax.axison)
+
+    monkeypatch.setattr(Results, "figure", drew)
+    for place in ("IPython.display.display", "diffret_lib.report.display"):
+        monkeypatch.setattr(place, lambda *objects, **_: shown.extend(getattr(o, "data", "") for o in objects))
+    monkeypatch.setattr("diffret_lib.report.start", lambda *_: (s, results))
+    for name in ("04_evaluation", "05_per_query_optimal_k", "06_efficiency", "07_claims"):
+        space: dict = {"__name__": "__main__"}
+        for cell in nbformat.read(CHECKOUT / "notebooks" / f"{name}.ipynb", 4).cells:
+            if cell.cell_type == "code":
+                exec(compile(cell.source, f"{name} {cell.id}", "exec"), space)
     plt.close("all")
+    text = "\n".join(shown)
+    assert text.count("No system is fine-tuned in this profile.") == 3 and "nan" not in text
+    assert f"Not tested: {NO_TRAINING}." in text and "Tested in part, which is no verdict: claim " in text
+    assert "**Claim 7: " in shown[-1]
+    assert (results.folder / "claims.json").is_file() and len(drawn) == 11 and all(drawn.values())
+    tables = {path.stem: pd.read_csv(path) for path in results.tables.glob("*.csv")}
+    assert set(tables["effectiveness_latency"]["training"]) == {"zero-shot"}
+    assert tables["oracle"]["fine_tuned"].isna().all()
+    assert set(tables["oracle_chance"]["reference"]) == {"best fixed", "selected"}
+    tests = tables["claims_tests"].set_index("id")
+    assert (tests["note"][tests["training"] == "fine-tuned"] == NO_TRAINING).all()
+    assert tests["value"][["1a", "3a", "4a", "6a", "7a"]].notna().all()

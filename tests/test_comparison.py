@@ -1,25 +1,32 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from diffret_lib.experiments import study
 from diffret_lib.experiments.comparison import (
-    COMPARISONS,
-    FINE_TUNED_COMPARISONS,
     compare_systems,
-    comparison_name,
     evaluation_wide,
     heat_map,
     held_out_best,
+    interval,
     paired,
     per_query_best,
+    planned_comparisons,
     system_intervals,
     transfer,
     undertrained,
 )
+from diffret_lib.experiments.study import SYSTEMS, System
+from diffret_lib.models.released import ReleasedAdapter
+from diffret_lib.retrieval.systems import BM25
+from tests.test_study import changed, world  # noqa: F401  (world is a fixture)
 
 #: nDCG@10 of four queries under the pairs.
 VALUES = {
@@ -33,22 +40,22 @@ PAIRS = [(1, 1), (1, 2), (2, 1), (2, 2)]
 
 def frame(values: dict[str, tuple[float, ...]], collection: str = "c") -> pd.DataFrame:
     """A grid of :data:`PAIRS` in the hybrid mode; other modes and metrics have other values."""
-    rows = []
-    for query, row in values.items():
-        for (kq, kp), value in zip(PAIRS, row, strict=True):
-            base = {"collection": collection, "coverage": "whole", "query_id": query, "k_query": kq, "k_passage": kp}
-            rows.append({**base, "mode": "hybrid", "metric": "ndcg@10", "value": value})
-            rows.append({**base, "mode": "dense", "metric": "ndcg@10", "value": 1 - value})
-            rows.append({**base, "mode": "hybrid", "metric": "mrr@10", "value": 0.123})
-    return pd.DataFrame(rows).sample(frac=1, random_state=0)
+    cells = [(query, *pair, value) for query, row in values.items() for pair, value in zip(PAIRS, row, strict=True)]
+    base = pd.DataFrame(cells, columns=["query_id", "k_query", "k_passage", "value"])
+    base = base.assign(collection=collection, coverage="whole", mode="hybrid", metric="ndcg@10")
+    others = base.assign(mode="dense", value=1 - base["value"]), base.assign(metric="mrr@10", value=0.123)
+    return pd.concat([base, *others]).sample(frac=1, random_state=0)
 
 
 def by_system(values: dict[str, list[float]], collection: str, training: str = "zero-shot") -> pd.DataFrame:
-    rows = [
-        {"training": training, "system": system, "mode": "dense", "metric": "ndcg@10", "collection": collection,
-         "query_id": f"q{i}", "value": v} for system, row in values.items() for i, v in enumerate(row)
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
+    rows = [(system, f"q{i}", v) for system, row in values.items() for i, v in enumerate(row)]
+    about = {"training": training, "mode": "dense", "metric": "ndcg@10", "collection": collection}
+    return pd.DataFrame(rows, columns=["system", "query_id", "value"]).assign(**about)
+
+
+def indexed(values: dict[str, np.ndarray]) -> pd.Series:
+    """Values of each collection, as comparisons have them."""
+    return pd.concat({c: pd.Series(v, dtype=float) for c, v in values.items()}, names=["collection", "query_id"])
 
 
 # -- grids -----------------------------------------------------------------------------------------------------
@@ -120,7 +127,7 @@ def sample() -> dict[str, np.ndarray]:
 
 
 def test_estimate_against_scipy(sample):
-    found = paired(sample, 20_000, seed=0)
+    found = paired(indexed(sample), 20_000, seed=0)
     assert found["value"] == pytest.approx(np.mean([v.mean() for v in sample.values()]))
     assert (found["queries"], found["collections"]) == (115, 3)
 
@@ -133,13 +140,14 @@ def test_estimate_against_scipy(sample):
     # the normal approximation of the randomisation test: all values are as far from 0 as they are
     spread = np.sqrt(sum((v**2).sum() / len(v) ** 2 for v in sample.values())) / 3
     assert found["p"] == pytest.approx(2 * stats.norm.sf(found["value"] / spread), abs=0.01)
-    assert found == paired(dict(reversed(sample.items())), 20_000, seed=0)  # the order of collections does not matter
-    assert found["low"] != paired(sample, 20_000, seed=1)["low"]
+    # the order of collections does not matter
+    assert interval(indexed(dict(reversed(sample.items()))), 20_000, seed=0).items() <= found.items()
+    assert found["low"] != interval(indexed(sample), 20_000, seed=1)["low"]
 
 
 def test_collections_are_resampled_as_well(sample):
     """Against a loop that draws collections, and then queries of each."""
-    found, rng = paired(sample, 20_000, seed=0), np.random.default_rng(7)
+    found, rng = interval(indexed(sample), 20_000, seed=0), np.random.default_rng(7)
     parts, drawn = list(sample.values()), []
     for _ in range(6000):
         chosen = [parts[i] for i in rng.integers(0, 3, 3)]
@@ -151,7 +159,7 @@ def test_collections_are_resampled_as_well(sample):
 def test_the_detectable_difference_is_found_with_80_percent_power(sample):
     """Simulated: a shift of that size is clear in 80 of 100 studies of as many queries."""
     centred = {c: v - v.mean() for c, v in sample.items()}
-    shift, rng, clear = paired(centred, 100)["detectable"], np.random.default_rng(0), 0
+    shift, rng, clear = paired(indexed(centred), 100)["detectable"], np.random.default_rng(0), 0
     for _ in range(400):
         study = {c: shift + rng.choice(v, len(v)) for c, v in centred.items()}
         error = np.sqrt(sum(v.var(ddof=1) / len(v) for v in study.values())) / 3
@@ -160,23 +168,26 @@ def test_the_detectable_difference_is_found_with_80_percent_power(sample):
 
 
 def test_queries_that_would_decide_it(sample):
-    found, bound = paired(sample, 100), 0.2
-    for distance, needed in ((found["value"], found), (bound - found["value"], paired(sample, 100, bound=bound))):
+    values, bound = indexed(sample), 0.2
+    found, against = paired(values, 100), paired(values, 100, bound=bound)
+    for distance, needed in ((found["value"], found), (bound - found["value"], against)):
         # with n times the queries the detectable difference is what is there: its square falls as 1 / n
         assert needed["needed_queries"] == np.ceil(115 * (found["detectable"] / distance) ** 2)
-    more = paired({c: np.tile(v, 9) for c, v in sample.items()}, 100)
-    assert more["detectable"] == pytest.approx(found["detectable"] / 3, rel=0.02)
 
 
 def test_what_cannot_be_had_is_nan():
-    one = paired({"a": np.array([0.5]), "b": np.array([0.1, 0.2])}, 100)
+    one = paired(indexed({"a": [0.5], "b": [0.1, 0.2]}), 100)
     assert one["value"] == pytest.approx(0.325) and np.isnan([one["low"], one["high_all"], one["p"]]).all()
-    alone = paired({"a": np.array([0.1, 0.3, 0.2])}, 100)
+    alone = paired(indexed({"a": [0.1, 0.3, 0.2]}), 100)
     assert alone["low"] <= 0.2 <= alone["high"] and np.isnan([alone["low_all"], alone["high_all"]]).all()
-    same = paired({"a": np.zeros(4), "b": np.zeros(3)}, 100)
+    same = paired(indexed({"a": np.zeros(4), "b": np.zeros(3)}), 100)
     assert (same["low"], same["high"], same["p"]) == (0, 0, 1) and np.isnan(same["needed_queries"])
     with pytest.raises(ValueError, match="nothing to average over"):
-        paired({"a": np.array([])})
+        paired(indexed({"a": [0.5]})[:0])
+    for options in ({"resamples": 1}, {"resamples": "9"}, {"resamples": 1.5}, {"seed": -1}):
+        ((name, given),) = options.items()
+        with pytest.raises(ValueError, match=rf"{name} must be a whole number of \d or more, not {given!r}"):
+            paired(indexed({"a": [0.1, 0.3]}), **options)
 
 
 # -- systems ---------------------------------------------------------------------------------------------------
@@ -207,7 +218,6 @@ def test_compared_by_training_and_on_the_same_queries():
     pairs = [("A, fine-tuned", "A", "dense"), ("A", "B", "dense")]
     table = compare_systems(data, pairs, ["one"], resamples=50)
     assert table["difference"].tolist() == pytest.approx([0.35, 0.35])
-    assert comparison_name("A", "fine-tuned") == "A, fine-tuned"
     with pytest.raises(ValueError, match=r"there is no B, fine-tuned \(dense\) in the table"):
         compare_systems(data, [("B, fine-tuned", "B", "dense")], ["one"])
     fewer = pd.concat([before, by_system({"C": [0.5]}, "one")])
@@ -218,12 +228,10 @@ def test_compared_by_training_and_on_the_same_queries():
 def test_undertrained_systems():
     rng = np.random.default_rng(0)
     base = rng.uniform(0.2, 0.6, 30)
-    zero = {"Mean pooling": base, "DiffEmbed": base, "PromptReps multi": base}
     noisy = base + rng.normal(0, 0.02, 30)
+    zero = dict.fromkeys(("Mean pooling", "DiffEmbed", "PromptReps multi"), base)
     tuned = {"RepLLaMA": base - 0.1, "DiffEmbed": noisy + 0.05, "PromptReps multi": noisy - 0.001}
-    parts = [by_system({k: list(v) for k, v in zero.items()}, c) for c in ("one", "two")]
-    parts += [by_system({k: list(v) for k, v in tuned.items()}, c, "fine-tuned") for c in ("one", "two")]
-    data = pd.concat(parts)
+    data = pd.concat([by_system(*given) for c in ("one", "two") for given in ((zero, c), (tuned, c, "fine-tuned"))])
     found = undertrained(data)
     assert set(found) == {"RepLLaMA, fine-tuned", "PromptReps multi, fine-tuned"}
     reason = "undertrained: at best -0.100 [-0.100, -0.100] nDCG@10 over Mean pooling (dense)"
@@ -244,5 +252,24 @@ def test_macro_average_stands_first():
 
 
 def test_comparisons_are_told_apart():
-    pairs = COMPARISONS + FINE_TUNED_COMPARISONS
-    assert len(set(pairs)) == len(pairs) and all(better != than for better, than, _ in pairs)
+    zero_shot = [System(name, None) for name in [*SYSTEMS, "Mean pooling"] if name != "RepLLaMA"]
+    before = planned_comparisons(zero_shot)
+    pairs = planned_comparisons([*zero_shot, *(System(name, None, "fine-tuned") for name in SYSTEMS)])
+    assert len(set(pairs)) == len(pairs) == 42 and len(before) == 14 and pairs[:14] == before
+    assert all(better != than for better, than, _ in pairs)
+    assert ("DiffRetriever multi, fine-tuned", "RepLLaMA, fine-tuned", "dense") in pairs
+
+
+def test_released_adapters_and_metrics_of_a_collections_own(world, monkeypatch):  # noqa: F811
+    s = changed(world[0])
+    assert s.released_systems() == []
+    about = ReleasedAdapter("them/theirs", s.backbone("diffusion").spec.name, (2, 1))
+    monkeypatch.setattr(study, "RELEASED", {"theirs": about, "other": replace(about, backbone="another")})
+    monkeypatch.setattr(study, "released_adapter", Path)
+    (system,) = s.released_systems()
+    assert (system.name, system.training) == ("DiffRetriever multi", "fine-tuned by the authors")
+    assert system.adapter == Path("theirs") and [system.retriever.vectors(x) for x in ("query", "passage")] == [2, 1]
+    # passages count from grade 2, and all of these have 1
+    monkeypatch.setattr(study, "metrics_of", lambda name: ("mrr@10-l2", "ndcg@10", "recall@100-l2"))
+    values = s.evaluate(System("BM25", BM25()), s.test_collections[:1]).groupby("metric", sort=False)["value"].max()
+    assert (values > 0).to_dict() == {"mrr@10": False, "ndcg@10": True, "recall@100": False}

@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from diffret_lib.config import CHECKOUT, K_GRID, PROFILES_DIR, ProfileError, collection_folder, load_profile, slug
+from diffret_lib.data.protocols import read_published
 
 
 @pytest.fixture
@@ -24,33 +25,57 @@ def write(folder: Path, content: dict, name: str = "smoke.yml") -> Path:
 
 PACKAGES_TESTED = [f"pydocs/{n}" for n in "numpy scipy scikit-learn statsmodels matplotlib networkx".split()]
 JUDGED = ["beir/scifact", "ir/cranfield", "ir/medline", "ir/npl"]
+MSMARCO = ["msmarco/dev", "msmarco/dl19", "msmarco/dl20"]
+BEIR_7 = [f"beir/{n}" for n in "arguana fiqa hotpotqa nq quora scifact trec-covid".split()]
 
 
 def test_the_profiles_that_come_with_the_project():
     names = sorted(path.stem for path in PROFILES_DIR.iterdir())
-    assert names == ["embedded", "smoke", "study"]
-    embedded, smoke, study = map(load_profile, names)
+    assert names == ["embedded", "nano", "paper", "paper-llada", "smoke", "study"]
+    embedded, nano, paper, llada, smoke, study = map(load_profile, names)
     assert embedded.test_collections == ["pydocs/pandas-test", "pydocs/numpy", "pydocs/scipy", "pydocs/matplotlib"]
     assert smoke.test_collections == ["pydocs/pandas-test", "pydocs/numpy"]
     assert study.test_collections == ["pydocs/pandas-test", *PACKAGES_TESTED, *JUDGED]
-    assert embedded.k_grid == study.k_grid == list(K_GRID) == [1, 2, 4, 8, 16] and smoke.k_grid == [1, 4]
+    assert paper.test_collections == llada.test_collections == [*MSMARCO, *BEIR_7]
+    assert nano.test_collections == [name for name in read_published() if name.startswith("nano/")]
+    for profile in (embedded, nano, paper, llada, study):
+        assert profile.k_grid == list(K_GRID) == [1, 2, 4, 8, 16]
+    assert smoke.k_grid == [1, 4]
     assert embedded.sample.queries >= 40 and embedded.sample.passages >= 100 and embedded.sample.hard > 0
     assert (study.sample.queries, study.sample.passages, study.sample.hard) == (None, 1000, 10)
-    for name in JUDGED[:3]:
-        assert (study.samples[name].queries, study.samples[name].passages) == (None, None)
+    for size in (*(study.samples[name] for name in JUDGED[:3]), nano.sample, paper.sample):
+        assert (size.queries, size.passages) == (None, None)
     assert (study.samples["ir/npl"].queries, study.samples["ir/npl"].passages) == (None, 3000)
     assert study.max_passage_tokens >= 192
-    assert (embedded.dtype, study.dtype) == ("float32", "auto")  # bytes that compare, and speed
+    assert (embedded.dtype, study.dtype, paper.dtype) == ("float32", "auto", "bfloat16")  # equal bytes, and speed
     training = study.training
     assert (training.steps, training.batch_size, training.negatives, training.seeds) >= (200, 16, 3, 3)
     assert len(training.learning_rates) == 3
     assert [c.collection for c in training.collections] == ["pydocs/pandas-train", "beir/scifact:train"]
-    for profile in (embedded, smoke, study):
-        assert profile.train_collection == "pydocs/pandas-train"
+    assert (paper.training.batch_size, paper.training.negatives, paper.training.learning_rates) == (128, 15, [1e-4])
+    pairs = {(p.backbones.diffusion, p.backbones.autoregressive) for p in (nano, paper, llada)}
+    assert pairs == {("dream-v0-instruct-7b", "qwen2.5-7b-instruct"), ("llada-8b-instruct", "llama-3-8b-instruct")}
+    for profile in (embedded, nano, paper, smoke, study):
+        assert profile.train_collection == ("msmarco/train" if profile is paper else "pydocs/pandas-train")
         # the stages of the adaptation are compared, and training stops early, where nothing is tested nor trained on
         used = {*profile.test_collections, *(c.collection for c in profile.training.collections)}
-        assert not used & {profile.adaptation.zero_shot.collection, profile.training.development.collection}
-    assert len({p.fingerprint for p in (embedded, smoke, study)}) == 3
+        assert profile.training.development.collection not in used
+        assert profile.adaptation is None or profile.adaptation.zero_shot.collection not in used
+    assert len({p.fingerprint for p in (embedded, nano, paper, llada, smoke, study)}) == 6
+
+
+def test_a_profile_may_be_like_another(tmp_path, content):
+    path = write(tmp_path, {"like": "smoke", "name": "mine", "seed": 4}, "mine.yml")
+    assert load_profile(path) == load_profile(content | {"name": "mine", "seed": 4})
+    assert load_profile({"like": str(path), "name": "other", "top_k": 7}).top_k == 7
+    write(tmp_path, {"like": str(tmp_path / "b.yml")}, "a.yml")
+    with pytest.raises(ProfileError, match=r"b\.yml: like: .* in a circle"):
+        load_profile(write(tmp_path, {"like": str(tmp_path / "a.yml")}, "b.yml"))
+    for like in ("none", None, 5):
+        with pytest.raises(ProfileError, match="there is no profile"):
+            load_profile({"like": like})
+    with pytest.raises(ProfileError, match=r"mine\.yml: seed: "):
+        load_profile(write(tmp_path, {"like": "smoke", "name": "mine", "seed": "x"}, "mine.yml"))
 
 
 def test_frozen_and_fingerprint_follows_the_content(tmp_path, content):
@@ -169,9 +194,9 @@ def test_a_byte_order_mark_is_no_fault(tmp_path, content):
     assert load_profile(path) == load_profile("smoke")
 
 
-@pytest.mark.parametrize("name", ["embeded", "../profiles/embedded", "", "none.yml", "."])
+@pytest.mark.parametrize("name", ["embeded", "../profiles/embedded", "", "none.yml", ".", "x" * 300, None, 5, b"smoke"])
 def test_a_profile_that_is_not_there(name):
-    with pytest.raises(ProfileError, match=r"there is no profile .*; there are embedded, smoke, study"):
+    with pytest.raises(ProfileError, match=r"there is no profile .*; there are embedded, nano, paper, paper-llada"):
         load_profile(name)
 
 
@@ -186,15 +211,15 @@ def test_further_collections(tmp_path, monkeypatch):
     assert len(base.test_collections) == 2
     (tmp_path / "my corpus").mkdir()
     monkeypatch.chdir(tmp_path)
-    several = load_profile("smoke", "pydocs/scipy 'my corpus:dev' ir/npl pydocs/numpy").test_collections[2:]
-    assert several == ["pydocs/scipy", "my corpus:dev", "ir/npl"]
+    several = load_profile("smoke", "pydocs/scipy 'my corpus:dev' ir/npl nano/nq pydocs/numpy").test_collections[2:]
+    assert several == ["pydocs/scipy", "my corpus:dev", "ir/npl", "nano/nq"]
     assert load_profile("smoke", "pydocs/scipy nowhere").test_collections[2:] == ["pydocs/scipy nowhere"]
 
 
 def test_folders_of_collections(tmp_path, monkeypatch):
     monkeypatch.delenv("DIFFRET_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
-    for name in ("data/scifact", "data/med", "own", "own:dev"):
+    for name in ("data/scifact", "data/med", "data/msmarco", "data/beir/nq", "data/nano/nq", "own", "own:dev"):
         (tmp_path / name).mkdir(parents=True)
     assert collection_folder("own") == (Path("own"), "test")
     assert collection_folder("own:train") == (Path("own"), "train")
@@ -205,7 +230,10 @@ def test_folders_of_collections(tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFRET_DATA", str(tmp_path / "data"))
     assert collection_folder("beir/scifact:train") == (tmp_path / "data/scifact", "train")
     assert collection_folder("ir/medline") == (tmp_path / "data/med", "test")
-    assert collection_folder("beir/fiqa") is None
+    assert collection_folder("msmarco/dl19") == (tmp_path / "data/msmarco", "dl19")
+    assert collection_folder("beir/nq") == (tmp_path / "data/beir/nq", "test")
+    assert collection_folder("nano/nq") == (tmp_path / "data/nano/nq", "test")
+    assert collection_folder("beir/fiqa") is collection_folder("nano/scifact") is None  # not BEIR's whole SciFact
 
 
 def test_slug():

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from diffret_lib.config import Profile, load_profile
+from diffret_lib.config import CHECKOUT, Profile, load_profile
 from diffret_lib.data.collection import Collection
 from diffret_lib.models.backbones import BackboneError, load_backbone
 from diffret_lib.retrieval.systems import DiffEmbed, DiffRetriever, PromptReps, RepLLaMA
@@ -107,6 +107,38 @@ def root(tmp_path_factory):
     patch.setenv("DIFFRET_CACHE", str(root / "cache"))
     yield root
     patch.undo()
+
+
+def test_two_processes_train_as_one(root, tmp_path):
+    """Each has half of a step's queries, and every query meets the passages of all: weights and curves agree."""
+    system, settings = "DiffRetriever multi", {"batch_size": 8, "dropout": 0.0, "steps": 3}
+    whole = train(root, system, **settings)
+    script = tmp_path / "together.py"
+    script.write_text(
+        "import os\n"
+        "from pathlib import Path\n"
+        "from scripts.finetune import join\n"
+        "from tests.test_contrastive import train\n"
+        "join()\n"
+        f"result = train(Path({str(root)!r}), {system!r}, **{settings})\n"
+        f"again = train(Path({str(root)!r}), {system!r}, **{settings})\n"
+        "assert again.adapter == result.adapter  # from the cache\n"
+        f"(Path({str(tmp_path)!r}) / os.environ['RANK']).write_text(str(result.adapter))\n"
+    )
+    environment = os.environ | {"DIFFRET_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(CHECKOUT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (adapter,) = {(tmp_path / rank).read_text() for rank in "01"}
+    together = FinetunedSystem.load(Path(adapter).parent)
+    for name, tensor in weights(whole.adapter).items():
+        torch.testing.assert_close(weights(together.adapter)[name], tensor, rtol=1e-4, atol=1e-6)
+    numbers = ["loss", "grad_norm", "dev_ndcg"]
+    one, two = (pd.DataFrame(result.curve)[numbers].to_numpy(float) for result in (whole, together))
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+    with pytest.raises(AssertionError):  # half the batch is something else
+        half = train(root, system, **settings | {"batch_size": 4})
+        np.testing.assert_allclose(pd.DataFrame(half.curve)[numbers].to_numpy(float), one, rtol=1e-4)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

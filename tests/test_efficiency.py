@@ -61,7 +61,7 @@ def test_rounds_are_interleaved(monkeypatch):
 
 def test_forced_decoding_has_every_vector(study):
     timed = [("PromptReps", how, (7, 7)) for how in (FORCED, ANSWERED)]
-    systems = efficiency._systems(study, timed, 64)
+    systems = efficiency._retrievers(study, timed, 64)
     forced, free = (systems[key] for key in timed)
     texts = ["A heap is a binary tree.", "Return a sorted copy.", "eigenvalues"]
     whole, kept = (r.encode_passages(texts, progress=False) for r in (forced, free))
@@ -83,12 +83,8 @@ def test_what_is_timed(table):
     timed = {q: set(zip(own["system"], own["decoding"], own["count"])) for q, own in one.groupby("quantity")}
     singles = {(s, "", 1) for s in ("DiffRetriever", "PromptReps", "DiffEmbed", "Mean pooling", "RepLLaMA")}
     # the selected pair (2, 1), the grid's largest (2, 2); N = 4 fine-tuned, 3 zero-shot
-    several = {
-        ("DiffRetriever", "", 2),
-        ("PromptReps", FORCED, 4),
-        ("PromptReps", FORCED, 3),
-        ("PromptReps", ANSWERED, 3),
-    }
+    decoded = {("PromptReps", FORCED, 4), ("PromptReps", FORCED, 3), ("PromptReps", ANSWERED, 3)}
+    several = {("DiffRetriever", "", 2), *decoded}
     assert timed[SEARCH] == timed[END_TO_END] == singles | several
     curve = {("DiffRetriever", "", 5), ("PromptReps", FORCED, 2), ("PromptReps", FORCED, 5)}
     assert timed["encoding"] == singles | several | curve
@@ -104,10 +100,8 @@ def test_ratios_are_taken_within_rounds_and_end_to_end_is_a_sum(few, monkeypatch
 
     def timed(calls, rounds, device, desc):
         # a pair searches in the milliseconds of its vectors, the sparse index in 1; systems encode in 10 a vector
-        cost = {
-            key: 1.0 if key == "sparse" else sum(key) if isinstance(key[0], int) else 10.0 * key[2][0] for key in calls
-        }
-        return {key: np.array([ms / 1000, 3 * ms / 1000]) for key, ms in cost.items()}
+        cost = [1.0 if k == "sparse" else sum(k) if isinstance(k[0], int) else 10.0 * k[2][0] for k in calls]
+        return {key: np.array([ms / 1000, 3 * ms / 1000]) for key, ms in zip(calls, cost)}
 
     monkeypatch.setattr(efficiency, "interleaved", timed)
     rows = latency(few, (2, 1))
@@ -170,9 +164,8 @@ def test_measured_once_on_a_machine(study, monkeypatch, tmp_path):
     pd.testing.assert_frame_equal(measured(study, measure, (2, 4)), first)
     assert first["ms"][0] == 0.1 + 0.2 and calls == [(2, 4)]
     measured(study, measure, (2, 2))
-    monkeypatch.setattr(
-        efficiency, "hardware", lambda: dict.fromkeys(("cpu", "cores_usable", "gpu", "system"), "other")
-    )
+    other = dict.fromkeys(("cpu", "cores_usable", "gpu", "system"), "other")
+    monkeypatch.setattr(efficiency, "hardware", lambda: other)
     measured(study, measure, (2, 4))
     assert calls == [(2, 4), (2, 2), (2, 4)]
     # the sparse rows that are searched are of passages that are read up to this length
@@ -189,11 +182,10 @@ def test_effectiveness_beside_latency(table):
              ("zero-shot", "PromptReps multi", "dense", 0.1, (3, 3)),
              ("fine-tuned", "DiffRetriever multi", "hybrid", 0.8, (2, 1)),
              ("fine-tuned", "PromptReps multi", "hybrid", 0.5, (4, 4))]  # fmt: skip
-    frame = pd.DataFrame(
-        [{"training": t, "system": s, "mode": m, "k_query": k and k[0], "k_passage": k and k[1], "collection": c,
-          "metric": "ndcg@10", "value": v + d}
-         for t, s, m, v, k in cells for c, d in (("one", 0.1), ("two", -0.1), ("left out", 9.0))]
-    )  # fmt: skip
+    rows = [(t, s, m, *(k or (None, None)), c, v + d)
+            for t, s, m, v, k in cells for c, d in (("one", 0.1), ("two", -0.1), ("left out", 9.0))]  # fmt: skip
+    columns = ["training", "system", "mode", "k_query", "k_passage", "collection", "value"]
+    frame = pd.DataFrame(rows, columns=columns).assign(metric="ndcg@10")
     placed = effectiveness_latency(table, frame, ["one", "two"]).set_index(["training", "system"])
     expected = {(t, s): v for t, s, m, v, _ in cells if m != "sparse" and "text" not in s and v != 0.1}
     assert placed["ndcg"].to_dict() == pytest.approx(expected)

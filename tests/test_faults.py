@@ -1,13 +1,16 @@
 """Kills, two runs at once, full disks and damage: whatever happens on the way, the results are those of a clean run.
 
 A pass is a small study on random two-layer models, with all that the cache keeps.  One process imports what it needs
-and forks a child for each pass.  ``python tests/test_faults.py ROUNDS`` (``make torture``) is the long form.
+and forks a child for each pass.  ``python tests/test_faults.py ROUNDS`` (``make torture``) is the long form: it tells
+the counts after each round, and what was stopped after the third of ten goes on with ``4-10``.
 """
 
 from __future__ import annotations
 
 import errno
+import faulthandler
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -16,13 +19,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from tqdm import tqdm
 
 from diffret_lib.config import CHECKOUT, load_profile
 from scripts.keep_notebook import failure
@@ -32,6 +38,7 @@ TRIALS = {"named kills": 8, "random kills": 8, "two runs": 8, "full disk": 5, "d
 #: Kills of a trial, of one run after another.
 KILLS = 3
 DAMAGE = ("bit flipped", "cut", "empty", "file removed", "manifest removed")
+HUNG = 600  # seconds after which a pass is ended, with a traceback in its log
 FULL = 3  # exit status of a pass that ends with a StorageError of one line
 
 
@@ -44,6 +51,7 @@ def make_profile(folder: Path) -> None:
     profile |= {"train_collection": train, "test_collections": [test], "k_grid": [1, 2]}
     of_training = {"collections": [{"collection": train} | whole], "development": {"collection": test} | whole}
     profile["training"] |= of_training | {"steps": 2}
+    profile["backbones"]["text_only"] = None  # two models are enough
     (folder / "profile.json").write_text(json.dumps(profile))
 
 
@@ -109,6 +117,8 @@ class Worlds:
         try:
             with open(self.root / f"{world}.log", "a") as log:
                 os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+            faulthandler.dump_traceback_later(HUNG, exit=True)
+            tqdm.set_lock(threading.RLock())  # its own: forks share tqdm's, and one that is killed may hold it
             os.environ["DIFFRET_CACHE"] = str(folder / "cache")
             watch(folder, **events)
             signal.setitimer(signal.ITIMER_REAL, seconds)  # nothing handles its signal: it ends the process as it is
@@ -154,7 +164,7 @@ def watch(folder: Path, moments: Path | None = None, kill: str = "", full: str =
     def hook(event: str, args: tuple[Any, ...]) -> None:
         nonlocal is_full
         path = str(args[0]) if event in writes else ""
-        if not path.startswith(f"{folder}/") or path.endswith(".lock") or event == "open" and not args[2] & 3:
+        if not path.startswith(f"{folder}/") or path.endswith(".lock") or (event == "open" and not args[2] & 3):
             return
         name = f"{event} {path.removeprefix(f'{folder}/')}"
         name = re.sub(r"\d+-[0-9a-f]{8}|(?<=/tmp)\w{8}|[0-9a-f]{16,}", "*", name)
@@ -211,14 +221,15 @@ def full_disk(worlds: Worlds, world: str, number: int, rng: random.Random) -> tu
     mount = ["mount", "-t", "tmpfs", "-o", f"size={round(share * size)}", "tmpfs", str(folder)]
     mounted = number % 5 < 4 and shutil.which("mount") and not subprocess.run(mount, capture_output=True).returncode
     name = "" if mounted else rng.choice([m for m in worlds.moments if m.startswith("open")])
-    code = worlds.run(world, full=name)
-    faults = [] if code == FULL else [f"{name or f'{share:.0%} of the room'}: {code}, {worlds.log(world)}"]
-    if mounted:
-        subprocess.run(["mount", "-o", "remount,size=1g", str(folder)], check=True)
-    faults += worlds.faults(world, worlds.run(world))
-    if mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-    return 1, faults
+    try:
+        code = worlds.run(world, full=name)
+        faults = [] if code == FULL else [f"{name or f'{share:.0%} of the room'}: {code}, {worlds.log(world)}"]
+        if mounted:
+            subprocess.run(["mount", "-o", "remount,size=1g", str(folder)], check=True)
+        return 1, faults + worlds.faults(world, worlds.run(world))
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def damage(worlds: Worlds, world: str, number: int, rng: random.Random) -> tuple[int, list[str]]:
@@ -244,38 +255,41 @@ def damage(worlds: Worlds, world: str, number: int, rng: random.Random) -> tuple
     return count, faults + ([] if said == entries else [f"{kind}: {said} of {entries} said"])
 
 
-def torture(rounds: int, faults: list[str], workers: int = 2) -> dict[str, dict[str, Any]]:
-    """All trials, so many rounds of them: for each fault how often it happened, and what was wrong after it."""
-    report = {fault: {"happened": 0, "trials": rounds * TRIALS[fault], "wrong": []} for fault in faults}
+def trial(worlds: Worlds, job: tuple[str, int]) -> tuple[int, list[str]]:
+    """One trial of a fault: how often it happened, and what was wrong after it."""
+    fault, number = job
+    world = f"{fault.replace(' ', '-')}-{number}"
+    try:
+        happened, wrong = globals()[fault.replace(" ", "_")](worlds, world, number, random.Random(world))
+    except Exception:
+        happened, wrong = 0, [traceback.format_exc()]
+    shutil.rmtree(worlds.root / world, ignore_errors=True)
+    return happened, [f"{world}: {line}" for line in wrong]
+
+
+def torture(rounds: range, workers: int = 2) -> dict[str, dict[str, Any]]:
+    """All trials of the rounds: for each fault how often it happened, and what was wrong; told after each round."""
+    report = {fault: {"happened": 0, "trials": 0, "wrong": []} for fault in TRIALS}
     with tempfile.TemporaryDirectory() as root:
         worlds = Worlds(Path(root))
-        jobs = [(fault, number) for fault, entry in report.items() for number in range(entry["trials"])]
-        pids = {}
-        for worker in range(workers):
-            if pid := os.fork():
-                pids[pid] = worlds.root / f"{worker}.json"
-                continue
-            done = []
-            for fault, number in jobs[worker::workers]:
-                world, trial = f"{fault.replace(' ', '-')}-{number}", globals()[fault.replace(" ", "_")]
-                try:
-                    done.append([fault, world, *trial(worlds, world, number, random.Random(world))])
-                except BaseException:
-                    done.append([fault, world, 0, [traceback.format_exc()]])
-                shutil.rmtree(worlds.root / world, ignore_errors=True)
-            (worlds.root / f"{worker}.json").write_text(json.dumps(done))
-            os._exit(0)
-        for pid, file in pids.items():
-            os.waitpid(pid, 0)
-            for fault, world, happened, wrong in json.loads(file.read_text()):
-                report[fault]["happened"] += happened
-                report[fault]["wrong"] += [f"{world}: {line}" for line in wrong]
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            for turn in rounds:
+                jobs = [(fault, turn * TRIALS[fault] + i) for fault in TRIALS for i in range(TRIALS[fault])]
+                for (fault, _), (happened, wrong) in zip(jobs, pool.imap(partial(trial, worlds), jobs), strict=True):
+                    found = report[fault]
+                    found["happened"] += happened
+                    found["trials"] += 1
+                    found["wrong"] += wrong
+                print(f"rounds {rounds[0] + 1} to {turn + 1}:")
+                for fault, found in report.items():
+                    told = f"  {fault}: {found['happened']} in {found['trials']} trials, {len(found['wrong'])} wrong"
+                    print(told, *found["wrong"], sep="\n    ", flush=True)
     return report
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, dict[str, Any]]:
-    command = [sys.executable, __file__, "1"]
+    command = [sys.executable, __file__, "1"]  # a round
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.stdout, done.stderr
@@ -299,7 +313,8 @@ def test_a_notebook_that_fails_by_a_named_error_is_told_in_its_words(name):
 if __name__ == "__main__":
     os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "NUMBA_THREADING_LAYER": "workqueue"}
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg", "TOKENIZERS_PARALLELISM": "false"}
-    found = torture(int(sys.argv[1]), sys.argv[2:] or list(TRIALS))
-    for fault, entry in found.items():
-        print(f"{fault}: {entry['happened']} in {entry['trials']} trials, {len(entry['wrong'])} wrong", *entry["wrong"])
-    print(json.dumps(found))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is mounted and made is removed
+    asked = re.fullmatch(r"(?:([1-9]\d*)-)?([1-9]\d*)", sys.argv[1])
+    if not asked:
+        sys.exit(f"error: ROUNDS is a number, or the first and the last round as in 4-10, not {sys.argv[1]!r}")
+    print(json.dumps(torture(range(int(asked[1] or 1) - 1, int(asked[2])))))

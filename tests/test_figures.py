@@ -15,14 +15,8 @@ from diffret_lib.report import figures
 from diffret_lib.report.results import set_style
 
 COLLECTIONS = ["pydocs/scikit-learn", "beir/scifact", "pydocs/networkx"]
-SYSTEMS = [
-    "Mean pooling",
-    "DiffEmbed",
-    "PromptReps single",
-    "PromptReps multi",
-    "DiffRetriever single",
-    "DiffRetriever multi",
-]
+SYSTEMS = ["Mean pooling", "DiffEmbed", "PromptReps single", "PromptReps multi", "DiffRetriever single",
+           "DiffRetriever multi"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -60,16 +54,13 @@ def grid() -> pd.DataFrame:
 
 def evaluated() -> pd.DataFrame:
     """Means of every system, and of what the figures leave out: cut text, and another backbone."""
-    rng, systems = (
-        np.random.default_rng(0),
-        [("BM25", "sparse"), ("BM25, cut text", "sparse"), ("DiffEmbed (text only)", "dense")],
-    )
+    rng = np.random.default_rng(0)
+    systems = [("BM25", "sparse"), ("BM25, cut text", "sparse"), ("DiffEmbed (text only)", "dense")]
     for system in SYSTEMS:
         several = [m for m in ("mean", "sparse", "hybrid") if system.endswith(("multi", "single"))]
         systems += [(system, m) for m in ("dense", *several)]
-    rows = [
-        (t, *s, c, "ndcg@10", rng.random()) for t in ("zero-shot", "fine-tuned") for s in systems for c in COLLECTIONS
-    ]
+    cells = product(("zero-shot", "fine-tuned"), systems, COLLECTIONS)
+    rows = [(training, *system, collection, "ndcg@10", rng.random()) for training, system, collection in cells]
     return pd.DataFrame(rows, columns=["training", "system", "mode", "collection", "metric", "value"])
 
 
@@ -90,11 +81,9 @@ def test_effectiveness_and_collections():
     assert [ax.get_title() for ax in fig.axes] == ["zero-shot", "fine-tuned"]
     fig = figures.per_collection(table)
     legible(fig)
-    points = np.concatenate([offsets for ax in fig.axes for offsets in [ax.collections[0].get_offsets()]])
+    points = np.concatenate([ax.collections[0].get_offsets() for ax in fig.axes])
     assert len(points) == 2 * 7 * len(COLLECTIONS)  # a dot a system, in its hybrid or only mode
-    own = table[
-        (table["system"] == "DiffRetriever multi") & (table["mode"] == "hybrid") & (table["training"] == "zero-shot")
-    ]
+    own = table[(table["system"] == "DiffRetriever multi") & (table["mode"] == "hybrid")]
     assert set(own["value"]) <= set(points[:, 0])
 
 
@@ -114,19 +103,9 @@ def test_oracle(intervals):
 
 
 def test_chance():
-    numbers = {
-        "value": 0.02,
-        "low": -0.01,
-        "high": 0.05,
-        "p": [np.nan, 0.01],
-        "queries": 240,
-        "reference": "best fixed",
-    }
-    legible(
-        figures.oracle_chance(
-            pd.DataFrame({"method": ["raw", "random twins"], "kind": ["headroom", "beyond chance"]} | numbers)
-        )
-    )
+    numbers = {"value": 0.02, "low": -0.01, "high": 0.05, "p": [np.nan, 0.01], "queries": 240}
+    kinds = {"method": ["raw", "random twins"], "kind": ["headroom", "beyond chance"], "reference": "best fixed"}
+    legible(figures.oracle_chance(pd.DataFrame(kinds | numbers)))
     fig = figures.chance_levels(np.linspace(0.01, 0.03, 100), 0.04)
     legible(fig)
     assert fig.axes[0].lines[0].get_xdata() == [0.04, 0.04]
@@ -173,15 +152,15 @@ def test_latencies():
     legible(figures.latency_length(latencies(), pd.DataFrame({"value": [1.0, 2.0, 30.0, np.nan]} | numbers)))
 
 
-def test_effectiveness_against_latency_has_two_panels_and_links_single_to_multi():
+def test_effectiveness_against_latency_links_single_to_multi():
     rows = [(t, s, 0.1 * i, 5.0 * 3**i, 1000) for t in ("zero-shot", "fine-tuned") for i, s in enumerate(SYSTEMS)]
-    fig = figures.effectiveness_latency(
-        pd.DataFrame(rows, columns=["training", "system", "ndcg", "latency_ms", "passages"])
-    )
-    legible(fig)
-    assert [ax.get_title() for ax in fig.axes] == ["zero-shot", "fine-tuned"]
-    links = [line.get_xydata().tolist() for line in fig.axes[0].lines if len(line.get_xydata()) == 2]
-    assert np.allclose(links, [[[5 * 3**i, 0.1 * i] for i in pair] for pair in ((2, 3), (4, 5))])
+    table = pd.DataFrame(rows, columns=["training", "system", "ndcg", "latency_ms", "passages"])
+    for trainings in (["zero-shot", "fine-tuned"], ["zero-shot"]):
+        fig = figures.effectiveness_latency(table[table["training"].isin(trainings)])
+        legible(fig)
+        assert [ax.get_title() for ax in fig.axes] == trainings
+        links = [line.get_xydata().tolist() for line in fig.axes[0].lines if len(line.get_xydata()) == 2]
+        assert np.allclose(links, [[[5 * 3**i, 0.1 * i] for i in pair] for pair in ((2, 3), (4, 5))])
 
 
 def test_training():
@@ -194,13 +173,10 @@ def test_training():
     assert all(list(ax.lines[-1].get_ydata()) == [0.3, 0.3] for ax in fig.axes[1::2])  # the zero-shot level
     legible(figures.training_curves(table.drop(columns="repetition")))
     cells = product((("documentation", 4.0), ("answers", 3.0)), ("documentation", "English"))
-    held_out = [
-        {"stage": s, "tokens_seen": 1000, f"held_out {text}": {"0.15": v, "0.5": v + 1}} for (s, v), text in cells
-    ]
-    trained = [
-        {"stage": "documentation", "tokens_seen": 1000, "loss": 5.0},
-        {"stage": "answers", "tokens_seen": 500, "loss": 3.0},
-    ]
+    about = {"stage": "documentation", "tokens_seen": 1000}, {"stage": "answers", "tokens_seen": 500}
+    seen = {"tokens_seen": 1000}
+    held_out = [seen | {"stage": s, f"held_out {text}": {"0.15": v, "0.5": v + 1}} for (s, v), text in cells]
+    trained = [stage | {"loss": loss} for stage, loss in zip(about, (5.0, 3.0))]
     fig = figures.curves({"curve": trained + held_out})
     legible(fig)
     assert [ax.get_title() for ax in fig.axes] == ["training", "held out documentation", "held out English"]

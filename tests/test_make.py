@@ -15,6 +15,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from diffret_lib.cache import _MACHINE
 from diffret_lib.config import CHECKOUT
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make on this machine")
@@ -127,14 +128,6 @@ def test_a_run_and_what_runs_again(checkout):
     assert any("image/png" in output.get("data", {}) for output in notebook.cells[4].outputs)
     assert str(root) not in executed.read_text(encoding="utf-8") and "papermill" not in str(notebook.metadata)
     run = json.loads((results / "run.json").read_text(encoding="utf-8"))["notebooks"]
-    profile = root / "notebooks" / "profiles" / "nothing.yml"  # no fine-tuning, and so no notebook of it
-    write(root / "notebooks" / "03_training.ipynb", "1 / 0", name="03_training")
-    profile.write_text(Path(root / "notebooks/profiles/smoke.yml").read_text().replace("name: smoke", "name: nothing"))
-    assert "03_training" in checkout.make("-n", "reproduce", "PROFILE=nothing")[1]
-    profile.write_text(profile.read_text() + "  fine_tuned: []\n")
-    status, output = checkout.make("-n", "reproduce", "PROFILE=nothing", LEFT_OUT="01_first")
-    assert status == 0 and "03_training" not in output and NAMES[0] in output
-    (root / "notebooks" / "03_training.ipynb").unlink()
     assert run[NAMES[0]]["status"] == "ok" and run[NAMES[0]]["peak_memory_bytes"] == 12345
     assert 0 < run[NAMES[0]]["seconds"] < 120 and len(run[NAMES[1]]["sha256"]) == 64
     assert checkout.runs(given) == checkout.runs(COLLECTION="my corpus:dev") == []
@@ -146,6 +139,8 @@ def test_a_run_and_what_runs_again(checkout):
     (folder / "qrels" / "dev.tsv.gz").write_text("")
     status, output = checkout.make("reproduce", "PROFILE=smoke", "COLLECTION=nowhere:dev")
     assert status == 2 and "COLLECTION: there is no folder 'nowhere:dev'" in output
+    assert checkout.runs("COLLECTION=nano/nq msmarco/dev") == NAMES  # published ones need no folder
+    assert "no folder 'beir/perl'" in checkout.make("reproduce", "PROFILE=smoke", "COLLECTION=beir/perl")[1]
     (root / "bad").mkdir()  # several: the profile is checked with them, before anything runs
     status, output = checkout.make("reproduce", "PROFILE=smoke", "COLLECTION='my corpus' bad")
     assert status == 2 and "error: test_collections: bad: no good" in output and "== 0" not in output
@@ -168,7 +163,7 @@ def test_a_run_and_what_runs_again(checkout):
     table = results / "tables" / f"{NAMES[0]}.csv"
     table.unlink()  # what a notebook made is made again
     assert checkout.runs(given) == [NAMES[0]]
-    (results / "tables" / ".x.4194305-00000000.tmp.csv").write_text("of a process that was killed")
+    (results / "tables" / f".x.4194305-{_MACHINE}0000.tmp.csv").write_text("of a process that was killed")
     status, output = checkout.make("reproduce", "PROFILE=smoke", given)
     assert status == 0 and f"== {NAMES[1]}" not in output and table.read_text() == "13"
     assert executed.read_bytes() == first  # nothing in it differs between two runs
@@ -184,6 +179,16 @@ def test_a_run_and_what_runs_again(checkout):
     module.write_text(module.read_text(encoding="utf-8").removesuffix("\nX = 1\n"), encoding="utf-8")
     write(checkout.notebook(1), WRITE, "1", name=NAMES[1])
     assert NAMES[1] in checkout.runs(given)
+
+
+def test_notebooks_that_a_profile_has_no_work_for_are_left_out(checkout):
+    both, profile = ["00_diffusion_backbone", "03_training"], checkout.root / "notebooks/profiles/nothing.yml"
+    for name in both:
+        write(checkout.root / "notebooks" / f"{name}.ipynb", "1 / 0", name=name)
+    for lines, left_out in {"": [], "  adaptation: null": both[:1], "  fine_tuned: []": both[1:]}.items():
+        profile.write_text(f"profile:\n  like: smoke\n  name: nothing\n{lines}\n")
+        output = checkout.make("-n", "reproduce", "PROFILE=nothing", LEFT_OUT="01_first")[1]
+        assert [name for name in (*NAMES, *both) if name not in output] == left_out, output
 
 
 def test_adapters_that_stand_in_for_training_are_inputs(checkout):

@@ -16,11 +16,12 @@ import yaml
 from diffret_lib.config import CHECKOUT
 from diffret_lib.experiments.claims import ALPHA, NEAR
 from diffret_lib.experiments.oracle import random_twins
+from diffret_lib.retrieval.systems import SHARD_TEXTS
 
 TEXTS = [*sorted(CHECKOUT.glob("notebooks/*.ipynb")), CHECKOUT / "README.md"]
 #: Code, formulas, addresses, and names of papers and licences: no numbers of ours.
 APART = r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$\n]*\$|\]\([^)]*\)|https?://\S+"
-APART += r"|(?i:arxiv) [\d.]+|Apache-2\.0|Python 3\.\d+( to 3\.\d+)?"
+APART += r"|(?i:arxiv) [\d.]+|Apache-2\.0|Python 3\.\d+( to 3\.\d+)?|TREC DL \d{4} and \d{4}"
 #: A decimal number, one of three digits or more, a share, a ratio, a time, a size.
 NUMBER = re.compile(
     r"(?<![\w.-])[-+−]?(?:\d+[.,]\d[\d.,]*\d|\d+\.\d|\d{3,}|\d+(?=\s?(?:%|x\b|×|times|[GM]B\b|ms\b|seconds|minutes|hours|hundredths)))"
@@ -36,6 +37,7 @@ def known() -> set[str]:
     sizes = {f"{n} {unit}" for n in re.findall(r"smollm2-(\d+)m", backbones) for unit in ("M", "million")}
     conventions = {"95 %", "80 %", f"{ALPHA:.0%}".replace("%", " %"), f"{ALPHA:g}", f"{NEAR:g}"}
     settings = {str(inspect.signature(random_twins).parameters["draws"].default), "100"}  # the best 100 of a search
+    settings.add(f"{SHARD_TEXTS:,}")
     return bounds | {f"{bound} times" for bound in bounds} | sizes | conventions | settings
 
 

@@ -10,9 +10,8 @@ import pytest
 from sklearn.metrics import ndcg_score
 
 from diffret_lib.experiments import oracle
-from diffret_lib.experiments.comparison import per_query_best
+from diffret_lib.experiments.comparison import PAIR, QUERY, per_query_best
 from diffret_lib.experiments.oracle import (
-    GridScores,
     QueryScores,
     Twins,
     grid_scores,
@@ -30,10 +29,11 @@ from diffret_lib.report import figures
 from tests.test_comparison import frame, held_out
 from tests.test_study import labelled, world  # noqa: F401  (a fixture)
 
-PAIRS = list(product((1, 2, 4), repeat=2))
+K_GRID = (1, 2, 4)
+PAIRS = list(product(K_GRID, repeat=2))
 
 
-def simulated(kind: str, seed: int, queries: int = 30, passages: int = 40) -> GridScores:
+def simulated(kind: str, seed: int, queries: int = 30, passages: int = 40) -> list[QueryScores]:
     """Scores of pairs that are one ranking and noise ("equal"), that differ in quality for all queries alike
     ("quality"), or of which each query has two that know better ("interaction")."""
     rng = np.random.default_rng(seed)
@@ -50,11 +50,11 @@ def simulated(kind: str, seed: int, queries: int = 30, passages: int = 40) -> Gr
             boost[rng.choice(len(PAIRS), 2, replace=False)] = 2
             scores += boost[:, None] * relevance
         found.append(QueryScores(f"q{q:02}", oracle._standardised(scores), relevance))
-    return GridScores(PAIRS, found)
+    return found
 
 
 def estimates(kind: str, seed: int = 0) -> pd.DataFrame:
-    twins = random_twins({"a": simulated(kind, seed), "b": simulated(kind, seed + 1)}, draws=99, seed=0)
+    twins = random_twins({"a": simulated(kind, seed), "b": simulated(kind, seed + 1)}, K_GRID, draws=99, seed=0)
     table = oracle_chance(oracle_queries(twins, (2, 2)), twins, ["a", "b"], resamples=300)
     kinds = {"best fixed": ["headroom", "chance", "beyond chance"], "selected": ["headroom", "chance", "beyond chance"]}
     assert table.groupby("reference")["kind"].agg(list).to_dict() == kinds and (table["queries"] == 60).all()
@@ -62,9 +62,9 @@ def estimates(kind: str, seed: int = 0) -> pd.DataFrame:
 
 
 def made(values: dict[str, np.ndarray], drawn: dict[str, np.ndarray]) -> Twins:
-    """Twins of two pairs a side, from given values."""
-    ids = {c: [f"q{i}" for i in range(len(v))] for c, v in values.items()}
-    return Twins([(1, 1), (1, 2), (2, 1), (2, 2)], ids, values, drawn)
+    """Twins of two numbers of masks a side, from given values."""
+    pairs = pd.MultiIndex.from_product([(1, 2), (1, 2)])
+    return {c: (pd.DataFrame(v, [f"q{i}" for i in range(len(v))], pairs), drawn[c]) for c, v in values.items()}
 
 
 # -- nDCG and scores -------------------------------------------------------------------------------------------
@@ -89,27 +89,20 @@ def test_of_equal_scores_the_first_passage_stands_first():
 
 
 def test_scores_of_a_study_rank_as_its_grid(world):  # noqa: F811
-    s, _ = world
-    for collection in s.test_collections:
-        scores = grid_scores(s, collection)
-        assert scores.pairs == [(1, 1), (1, 2), (2, 1), (2, 2)]
-        cells = s.test_grid[(s.test_grid["collection"] == collection.name) & (s.test_grid["mode"] == "hybrid")]
-        wide = cells.pivot(index="query_id", columns=["k_query", "k_passage"], values="value")
-        assert [q.query_id for q in scores.queries] == list(wide.index)
-        np.testing.assert_allclose([ndcg(q.scores, q.relevance) for q in scores.queries], wide[scores.pairs])
-        for q in scores.queries:
-            np.testing.assert_allclose(q.scores.mean(1), 0, atol=1e-6)
-            np.testing.assert_allclose(q.scores.std(1), 1, atol=1e-5)
-
-
-def test_judged_passages_that_are_not_there_count_in_the_ideal_ranking(world):  # noqa: F811
+    """Judged passages that are not there count in the ideal ranking."""
     s, _ = world
     whole = s.test_collections[0]
-    collection = replace(whole, missing=("gone",), qrels={q: judged | {"gone": 1} for q, judged in whole.qrels.items()})
-    scores, cells = grid_scores(s, collection), s.grid(collection)
-    wide = cells[cells["mode"] == "hybrid"].pivot(index="query_id", columns=["k_query", "k_passage"], values="value")
-    found = np.stack([ndcg(q.scores, q.relevance, missing=q.missing) for q in scores.queries])
-    np.testing.assert_allclose(found, wide[scores.pairs])
+    lacking = replace(whole, missing=("gone",), qrels={q: judged | {"gone": 1} for q, judged in whole.qrels.items()})
+    for collection in (*s.test_collections, lacking):
+        cells = s.grid(collection)
+        wide = cells[cells["mode"] == "hybrid"].pivot(index="query_id", columns=PAIR, values="value")
+        scores = grid_scores(s, collection)
+        assert [q.query_id for q in scores] == list(wide.index)
+        found = np.stack([ndcg(q.scores, q.relevance, missing=q.missing) for q in scores])
+        np.testing.assert_allclose(found, wide[list(product(s.profile.k_grid, repeat=2))])
+        for q in scores:
+            np.testing.assert_allclose(q.scores.mean(1), 0, atol=1e-6)
+            np.testing.assert_allclose(q.scores.std(1), 1, atol=1e-5)
     assert 0 < found.max() < 1
 
 
@@ -119,7 +112,7 @@ def test_passages_that_a_pair_does_not_retrieve_have_its_least_score(world, monk
     whole = grid_scores(s, collection)
     monkeypatch.setattr(s, "profile", s.profile.model_copy(update={"top_k": 3}))
     short = grid_scores(s, collection)
-    for a, b in zip(short.queries, whole.queries, strict=True):
+    for a, b in zip(short, whole, strict=True):
         assert a.relevance.sum() == b.relevance.sum() == len(collection.qrels[a.query_id])
         assert a.scores.shape[1] <= b.scores.shape[1]
         # of a pair at least all but three are at the bottom together
@@ -130,7 +123,7 @@ def test_passages_that_a_pair_does_not_retrieve_have_its_least_score(world, monk
 
 
 def test_twins_permute_departures_within_strata():
-    query = simulated("equal", 0).queries[4]
+    query = simulated("equal", 0)[4]
     rng = np.random.default_rng(0)
     own = ndcg(query.scores, query.relevance)
     np.testing.assert_allclose(oracle._twin_values(query, 3, 1, rng), np.tile(own, (3, 1)))
@@ -150,10 +143,11 @@ def test_twins_permute_departures_within_strata():
 
 def test_twins_are_reproducible_and_differ():
     scores = {"a": simulated("equal", 0)}
-    first, again, other = (random_twins(scores, draws=3, seed=seed) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first.drawn["a"], again.drawn["a"])
-    assert (first.drawn["a"] != other.drawn["a"]).any() and first.queries["a"][:2] == ["q00", "q01"]
-    np.testing.assert_allclose(first.observed["a"], [ndcg(q.scores, q.relevance) for q in scores["a"].queries])
+    drawn = [random_twins(scores, K_GRID, draws=3, seed=seed)["a"] for seed in (0, 0, 1)]
+    (grid, first), (_, again), (_, other) = drawn
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any() and grid.index[:2].tolist() == ["q00", "q01"] and grid.columns.tolist() == PAIRS
+    np.testing.assert_allclose(grid, [ndcg(q.scores, q.relevance) for q in scores["a"]])
 
 
 def test_values_of_each_query_against_a_loop():
@@ -182,7 +176,7 @@ def test_of_equal_pairs_the_headroom_is_chance():
     """On average; neither p-values nor intervals find more than there is."""
     found = []
     for seed in range(20):
-        twins = random_twins({"a": simulated("equal", seed, queries=20)}, draws=39, seed=seed)
+        twins = random_twins({"a": simulated("equal", seed, queries=20)}, K_GRID, draws=39, seed=seed)
         table = oracle_chance(oracle_queries(twins, (2, 2)), twins, ["a"], resamples=200)
         room, chance, beyond = table["value"].to_numpy().reshape(2, 3).T
         np.testing.assert_allclose(chance + beyond, room)
@@ -217,7 +211,7 @@ def test_without_differences_there_is_nothing_to_find():
 
 
 def tuned(values: list[float], collection: str = "c") -> pd.Series:
-    index = pd.MultiIndex.from_tuples([(collection, f"q{i}") for i in range(len(values))])
+    index = pd.MultiIndex.from_tuples([(collection, f"q{i}") for i in range(len(values))], names=QUERY)
     return pd.Series(values, index)
 
 
@@ -268,7 +262,7 @@ def test_distribution_of_the_best_pairs():
 
 def test_from_a_study_to_the_figures(world):  # noqa: F811
     s, _ = world
-    twins = random_twins({c.name: grid_scores(s, c) for c in s.test_collections}, draws=9)
+    twins = random_twins({c.name: grid_scores(s, c) for c in s.test_collections}, s.profile.k_grid, draws=9)
     queries = oracle_queries(twins, s.selected)
     best = per_query_best(s.test_grid).groupby("collection")["value"].mean()
     table = oracle_table(queries, resamples=50)

@@ -2,28 +2,22 @@ from __future__ import annotations
 
 import pytest
 
-from diffret_lib.models.prompts import ContentTokens, RetrievalPrompt, content_words, encode_plain
+from diffret_lib.models.prompts import RetrievalPrompt, content_words, encode_plain
 from tests.tiny import SPECIAL, tiny_tokenizer
 
-SYSTEM = "<|im_start|>system\nYou are an AI assistant that can understand human language.<|im_end|>\n"
-PROMPTS = {
-    ("query", False): (
-        '<|im_start|>user\nQuery: "priority queue". Use one word to represent the query in a retrieval task. '
-        'Make sure your word is in lowercase.<|im_end|>\n<|im_start|>assistant\nThe word is: "'
-    ),
-    ("query", True): (
-        '<|im_start|>user\nQuery: "priority queue". Use a few words to represent the query in a retrieval task. '
-        'Make sure your words are in lowercase.<|im_end|>\n<|im_start|>assistant\nThe words are: "'
-    ),
-    ("passage", False): (
-        '<|im_start|>user\nPassage: "priority queue". Use one word to represent the passage in a retrieval task. '
-        'Make sure your word is in lowercase.<|im_end|>\n<|im_start|>assistant\nThe word is: "'
-    ),
-    ("passage", True): (
-        '<|im_start|>user\nPassage: "priority queue". Use a few words to represent the passage in a retrieval task. '
-        'Make sure your words are in lowercase.<|im_end|>\n<|im_start|>assistant\nThe words are: "'
-    ),
-}
+
+def written_prompt(side: str, few: bool) -> tuple[str, str]:
+    """METHOD's prompt in ChatML, written out: up to the text, and after it."""
+    left = (
+        "<|im_start|>system\nYou are an AI assistant that can understand human language.<|im_end|>\n"
+        f'<|im_start|>user\n{side.title()}: "'
+    )
+    right = (
+        f'". Use {"a few words" if few else "one word"} to represent the {side} in a retrieval task. '
+        f"Make sure your {'words are' if few else 'word is'} in lowercase.<|im_end|>\n"
+        f'<|im_start|>assistant\nThe {"words are" if few else "word is"}: "'
+    )
+    return left, right
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +25,14 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-@pytest.mark.parametrize(("side", "few"), PROMPTS)
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("side", ["query", "passage"])
 def test_prompt_word_for_word(tokenizer, side, few):
-    prompt = RetrievalPrompt(tokenizer, side, few)
-    (ids,) = prompt.ids(["priority queue"], 64)
-    assert tokenizer.decode(ids) == SYSTEM + PROMPTS[side, few]
+    whole = "priority queue".join(written_prompt(side, few))
+    (ids,) = RetrievalPrompt(tokenizer, side, few).ids(["priority queue"], 64)
+    assert tokenizer.decode(ids) == whole
     # for an ordinary text the parts, tokenised apart, are the ids of the whole
-    assert ids == tokenizer(SYSTEM + PROMPTS[side, few], add_special_tokens=False)["input_ids"]
+    assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("side", ["query", "passage"])
@@ -51,18 +46,6 @@ def test_special_tokens_in_a_text_stay_plain(tokenizer, side):
     assert sum(i in special for i in ids) == sum(i in special for i in empty) == 5
     # and is told apart from the special tokens themselves
     assert tokenizer(text, add_special_tokens=False)["input_ids"] != inside
-
-
-def test_truncation_cuts_the_text_alone(tokenizer):
-    prompt = RetrievalPrompt(tokenizer, "passage", few_words=False)
-    text = "Return a sorted copy of an array along the given axis."
-    (whole,) = encode_plain(tokenizer, [text])
-    assert len(whole) > 5
-    for limit in (1, 5, len(whole), 10_000):
-        (ids,) = prompt.ids([text], limit)
-        assert tuple(ids) == (*prompt.left, *whole[:limit], *prompt.right)
-    (ids,) = prompt.ids([text * 500], 5)
-    assert tuple(ids) == (*prompt.left, *whole[:5], *prompt.right)
 
 
 def test_tail(tokenizer):
@@ -107,19 +90,4 @@ def test_texts_of_any_kind_are_tokenised(tokenizer):
     ],
 )
 def test_content_words(text, words):
-    # one-letter words: English stop words hold only some of them ("a", "i")
-    assert [w for w in content_words(text) if w not in ("s", "n")] == [w for w in words if w not in ("s", "n")]
-
-
-def test_content_tokens_tokenise_each_word_alone(tokenizer):
-    tokens = ContentTokens(tokenizer)
-    alone = lambda word: tokenizer(word, add_special_tokens=False)["input_ids"]  # noqa: E731
-    assert tokens("The heap and the array's axis.") == sorted(
-        {*alone("heap"), *alone("array"), *alone("s"), *alone("axis")}
-    )
-    # a word within a text has a space before it, and so other ids
-    assert alone("heap") != alone(" heap")
-    assert tokens("HEAP heap") == sorted(set(alone("heap")))
-    assert tokens("the of") == []
-    # a special token is no content
-    assert not set(tokens("<|im_end|> <file_sep>")) & set(tokenizer.convert_tokens_to_ids(SPECIAL))
+    assert list(content_words(text)) == words

@@ -285,7 +285,7 @@ def cache(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_material_and_collections_are_entries(cache: Path, tmp_path: Path, monkeypatch) -> None:
+def test_material_is_an_entry(cache: Path, tmp_path: Path, monkeypatch) -> None:
     built = []
 
     def run(command: list[str], **options: object) -> subprocess.CompletedProcess:
@@ -306,7 +306,7 @@ def test_material_and_collections_are_entries(cache: Path, tmp_path: Path, monke
     assert found.description == "docstrings of pandas 3.1, train split"
     with pytest.raises(ValueError, match="pydocs/pandas-dev.*version 3.1 has the fingerprint .*recorded is .*'other'"):
         load_collection("pydocs/pandas-dev")
-    assert len([p for p in (cache / "collections").iterdir() if p.is_dir()]) == 2 and built == ["pandas"]
+    assert len([p for p in (cache / "docstrings").iterdir() if p.is_dir()]) == 1 and built == ["pandas"]
     monkeypatch.setattr(pydocs, "version_of", lambda package: "3.2")
     with pytest.warns(UserWarning, match="built from version 3.2, but the recorded collection from 3.1"):
         load_collection("pydocs/pandas-dev")

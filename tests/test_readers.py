@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from diffret_lib.models.backbones import LoadedBackbone
 from diffret_lib.models.readers import LastToken, MaskedPositions, MeanOfTokens, NextTokens, Reader
+from tests.test_prompts import written_prompt
 from tests.tiny import tiny_backbone, tiny_folder, tiny_model, tiny_tokenizer
 
 TEXTS = [
@@ -90,19 +91,9 @@ def full_forward(folder: Path, ids: list[int], see_all: bool, **more) -> tuple[t
 
 
 def plain_prompt(tokenizer, side: str, few: bool, text: str, limit: int) -> tuple[list[int], list[int]]:
-    """METHOD's prompt in ChatML, written out: up to the end of the text, and after it."""
-    left = (
-        "<|im_start|>system\nYou are an AI assistant that can understand human language.<|im_end|>\n"
-        f'<|im_start|>user\n{side.title()}: "'
-    )
-    right = (
-        f'". Use {"a few words" if few else "one word"} to represent the {side} in a retrieval task. '
-        f"Make sure your {'words are' if few else 'word is'} in lowercase.<|im_end|>\n"
-        f'<|im_start|>assistant\nThe {"words are" if few else "word is"}: "'
-    )
-    ids = tokenizer.encode(left, add_special_tokens=False)
-    ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)[:limit]
-    return ids, tokenizer.encode(right, add_special_tokens=False)
+    """METHOD's prompt: ids up to the end of the text, and after it."""
+    left, right = (tokenizer.encode(part, add_special_tokens=False) for part in written_prompt(side, few))
+    return left + tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)[:limit], right
 
 
 def plain_content_ids(tokenizer, text: str, limit: int | None) -> set[int]:
@@ -235,7 +226,7 @@ def test_masked_positions_as_plainly_computed(diffusion, folders, k, shared, shi
         weighted += any(weights)
     assert weighted >= 5
     if k == 4 and not shared:  # the texts show each rule at work
-        assert {"cut", "mask"} <= seen
+        assert {"cut", "mask", "special first"} <= seen
 
 
 @pytest.mark.parametrize(("n", "stop"), [(1, "quote"), (6, "quote"), (6, "any quote"), (4, "never")])
@@ -257,81 +248,23 @@ def test_next_tokens_as_plainly_computed(autoregressive, folders, n, stop, side)
         assert counts == {n}
 
 
-def test_all_counts_from_one_pass(diffusion):
-    """Each K of a packed sequence is what it is alone, and nothing of the text depends on the masks."""
-    counts = [1, 2, 8]
-    for shift in (True, False):
-        packed = masked(diffusion, shared_text=True, prediction_shift=shift)
-        features = packed.features(TEXTS, "passage", counts)
-        with torch.inference_mode():
-            found = packed.forward_counts(features)
-        for k in counts:
-            reader = masked(diffusion, shared_text=True, prediction_shift=shift, k_passage=k)
-            with torch.inference_mode():
-                alone = reader(reader.preprocess(TEXTS, task="passage"))
-            for name in ("token_embeddings", "attention_mask", "content_weights", "sentence_embedding"):
-                torch.testing.assert_close(found[k][name], alone[name], atol=1e-5, rtol=1e-5)
-            changed = dict(features, input_ids=features["input_ids"].masked_fill(features["input_ids"] == 5, 40))
-            with torch.inference_mode():
-                one, other = (
-                    packed.decoder(
-                        f["input_ids"], *f["branches"].mask_and_positions(f["attention_mask"], torch.float32)
-                    )
-                    for f in (features, changed)
-                )
-            before = features["input_ids"].shape[1] - len(features["branches"].ids)
-            assert torch.equal(one[:, :before], other[:, :before]) and not torch.equal(one, other)
-
-
-@pytest.mark.parametrize("family", ["diffusion", "autoregressive"])
-def test_mean_of_tokens_as_plainly_computed(request, folders, family):
+@pytest.mark.parametrize(("make", "family"), [
+    (MeanOfTokens, "diffusion"), (MeanOfTokens, "autoregressive"), (LastToken, "autoregressive"),
+])  # fmt: skip
+@pytest.mark.parametrize("side", ["query", "passage"])
+def test_pooled_tokens_as_plainly_computed(request, folders, make, family, side):
     backbone = request.getfixturevalue(family)
-    reader = MeanOfTokens(backbone.model, backbone.tokenizer, max_passage_tokens=20).eval()
-    for text, (vectors, sparse) in zip(TEXTS, read(reader, TEXTS, "passage"), strict=True):
-        ids = backbone.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)[:20]
-        hidden, _ = full_forward(folders[family], ids or [backbone.tokenizer.eos_token_id], family == "diffusion")
-        total = torch.zeros(hidden.shape[1])
-        for vector in hidden:
-            total += vector
+    tokenizer, limit = backbone.tokenizer, {"query": 7, "passage": 20}[side]
+    reader = make(backbone.model, tokenizer, max_query_tokens=7, max_passage_tokens=20).eval()
+    prefix = f"{side}: " if make is LastToken else ""
+    limit += len(tokenizer.encode(prefix.strip(), add_special_tokens=False))
+    for text, (vectors, sparse) in zip(TEXTS, read(reader, TEXTS, side), strict=True):
+        ids = tokenizer.encode(prefix + text, add_special_tokens=False, split_special_tokens=True)[:limit]
+        ids = [*ids, tokenizer.eos_token_id] if prefix else ids or [tokenizer.eos_token_id]
+        hidden, _ = full_forward(folders[family], ids, family == "diffusion")
+        total = hidden[-1] if prefix else hidden.sum(0)
         close(vectors, (total / total.norm())[None])
         assert sparse is None
-
-
-@pytest.mark.parametrize("side", ["query", "passage"])
-def test_last_token_as_plainly_computed(autoregressive, folders, side):
-    reader = LastToken(autoregressive.model, autoregressive.tokenizer, max_query_tokens=7, max_passage_tokens=9).eval()
-    tokenizer, limit = autoregressive.tokenizer, {"query": 7, "passage": 9}[side]
-    for text, (vectors, sparse) in zip(TEXTS, read(reader, TEXTS, side), strict=True):
-        ids = tokenizer.encode(f"{side}: {text}", add_special_tokens=False, split_special_tokens=True)
-        prefix = len(tokenizer.encode(f"{side}:", add_special_tokens=False))
-        whole = [*ids[: prefix + limit], tokenizer.eos_token_id]
-        hidden, _ = full_forward(folders["autoregressive"], whole, see_all=False)
-        close(vectors, hidden[-1:] / hidden[-1].norm())
-        assert sparse is None
-
-
-# -- the sparse side -------------------------------------------------------------------------------------------
-
-
-def test_content_weights_by_hand(diffusion):
-    reader = masked(diffusion)
-    logits = torch.full((1, 2, reader.vocab_size), 5.0)
-    logits[0, 0, [10, 11, 12, 13]] = torch.tensor([1.0, 2.0, 3.0, -4.0])
-    logits[0, 1, [10, 11, 12, 13]] = torch.tensor([7.0, 2.5, 0.5, -4.0])
-    content = torch.tensor([[10, 11, 12, 13, -1]])
-    for valid, expected in (([True, True], [8, 3.5, 4, 1, 1]), ([True, False], [2, 3, 4, 1, 1])):
-        weights = reader.content_weights(logits, torch.tensor([valid]), content)[0]
-        assert weights.tolist() == pytest.approx([math.log(w) for w in expected])
-
-
-@pytest.mark.parametrize(
-    ("special_at", "left"), [((2,), 2), ((1, 3), 1), ((3,), 3), ((0,), 4), ((0, 1), 4), ((), 4)]
-)  # fmt: skip
-def test_cut_after_a_special_token(diffusion, special_at, left):
-    """One at the first position keeps all; vectors and weights of what is cut: the plain computation."""
-    predicted = torch.full((2, 4), 40)
-    predicted[0, list(special_at)] = diffusion.tokenizer.eos_token_id
-    assert masked(diffusion).before_special(predicted).tolist() == [[j < left for j in range(4)], [True] * 4]
 
 
 # -- decoding with a cache, gradients --------------------------------------------------------------------------
@@ -350,7 +283,7 @@ def passes(monkeypatch) -> list[tuple[tuple[int, ...], bool, bool]]:
     return seen
 
 
-def test_left_part_is_computed_once_and_equals_no_cache(autoregressive, passes):
+def test_left_part_is_computed_once(autoregressive, passes):
     reader = next_tokens(autoregressive, max_vectors=4)
     features = reader.preprocess(TEXTS, task="passage")
     first, again = read(reader, TEXTS, "passage"), read(reader, TEXTS, "passage")
@@ -359,13 +292,6 @@ def test_left_part_is_computed_once_and_equals_no_cache(autoregressive, passes):
     assert max(width for rows, width in lengths if rows > 1) == features["input_ids"].shape[1]
     for (a, sa), (b, sb) in zip(first, again, strict=True):  # a batch leaves nothing behind in the cache
         assert torch.equal(a, b) and torch.equal(sa, sb)
-    model = autoregressive.model
-    for text, (vectors, _) in zip(TEXTS, first, strict=True):
-        row = reader.preprocess([text], task="passage")
-        ids = torch.tensor([[*features["left_ids"], *row["input_ids"][0].tolist()]])
-        with torch.inference_mode():
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
-        close(vectors[0], hidden / hidden.norm())
     fresh = next_tokens(autoregressive, max_vectors=4)
     for (a, _), (b, _) in zip(read(reader, TEXTS, "query"), read(fresh, TEXTS, "query"), strict=True):
         assert torch.equal(a, b)  # another side has another left part
@@ -415,41 +341,16 @@ def test_gradients_reach_the_model(folders):
         assert any(g.any() for g in grads)
 
 
-@pytest.mark.parametrize(
-    ("make", "option"),
-    [
-        (LastToken, {"max_passage_tokens": 0}), (MaskedPositions, {"k_passage": "4"}),
-        (MaskedPositions, {"k_query": True}), (MaskedPositions, {"prediction_shift": 1}),
-        (MaskedPositions, {"shared_text": "no"}), (NextTokens, {"stop": None}), (NextTokens, {"max_vectors": 10**30}),
-        (NextTokens, {"content_from": "text"}),
-    ],
-)  # fmt: skip
-def test_unknown_settings(diffusion, make, option):
-    ((name, value),) = option.items()
-    more = {"mask_id": 5} if make is MaskedPositions else {}
-    with pytest.raises(ValueError, match=f"{name} must be .*, not {value!r}"):
-        make(diffusion.model, diffusion.tokenizer, **more | option)
-    with pytest.raises(ValueError, match="task must be 'query', 'passage' or 'document', not 'title'"):
-        make(diffusion.model, diffusion.tokenizer, **more).preprocess(["heap"], task="title")
-
-
 def test_the_word_of_sentence_transformers_for_a_passage(diffusion):
     reader = masked(diffusion, k_query=1, k_passage=2)
     passage, *others = (reader.preprocess(TEXTS, task=task) for task in ("passage", "document", None))
     assert all(np.array_equal(passage[key], other[key]) for other in others for key in passage if key != "first_mask")
     assert list(passage["first_mask"]) == [2] and list(reader.preprocess(TEXTS, task="query")["first_mask"]) == [1]
+    with pytest.raises(ValueError, match="task must be 'query', 'passage' or 'document', not 'title'"):
+        reader.preprocess(["heap"], task="title")
 
 
 # -- as modules of sentence-transformers -----------------------------------------------------------------------
-
-
-MASKED = {
-    "k_query": 1,
-    "k_passage": 4,
-    "prediction_shift": False,
-    "max_passage_tokens": 11,
-    "content_from": "read text",
-}
 
 
 @pytest.mark.parametrize("encoder", [MultiVectorEncoder, SparseEncoder])
@@ -458,7 +359,8 @@ def test_saved_and_loaded_as_an_encoder(diffusion, autoregressive, tmp_path, enc
     if kind == "next":
         reader = next_tokens(autoregressive, max_vectors=4, stop="any quote")
     else:
-        reader = masked(diffusion, **MASKED, shared_text=kind == "shared")
+        options = {"k_query": 1, "k_passage": 4, "prediction_shift": False, "max_passage_tokens": 11}
+        reader = masked(diffusion, **options, content_from="read text", shared_text=kind == "shared")
     made = encoder(modules=[reader], device="cpu")
     made.save_pretrained(str(tmp_path / "model"))
     loaded = encoder(str(tmp_path / "model"), device="cpu", trust_remote_code=True)

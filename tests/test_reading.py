@@ -10,18 +10,8 @@ import pytest
 
 from diffret_lib.config import CHECKOUT, load_profile
 from diffret_lib.data.collection import Collection
-from diffret_lib.experiments.reading import (
-    Explorer,
-    alignment,
-    mask_words,
-    mask_words_table,
-    mean_self_similarity,
-    predicted_tokens,
-    reading_table,
-    self_similarity_table,
-    share_of_content,
-    top_tokens,
-)
+from diffret_lib.experiments import reading
+from diffret_lib.experiments.reading import Explorer, alignment, mask_words, predicted_tokens, top_tokens
 from diffret_lib.experiments.study import Study
 from diffret_lib.report import figures
 from diffret_lib.retrieval.metrics import per_query
@@ -101,9 +91,7 @@ def test_what_is_found_is_the_search(study, system):
         np.testing.assert_allclose(table["score"], list(run.values()), rtol=1e-6)
         assert [TEXTS["abcd".index(i)] for i in table["passage_id"]] == table["text"].tolist()
         # only b shares a word with the query
-        assert dict(zip(table["passage_id"], table["BM25"])) == {
-            i: "1" if i == "b" else "-" for i in table["passage_id"]
-        }
+        assert table["BM25"].tolist() == ["1" if i == "b" else "-" for i in table["passage_id"]]
     dense = looked.found("sorted array", top_k=1)
     top = alignment(looked.retriever, "sorted array", dense["text"][0])
     assert dense["score"][0] == pytest.approx(top.max(axis=1).clip(lower=0).sum(), abs=1e-5)
@@ -143,15 +131,11 @@ def test_top_tokens_begin_with_the_greedy_one(study):
 
 def test_tables_of_words(study):
     texts = TEXTS[:2]
-    words, shares = mask_words_table(study, texts)
-    assert len(words) == 2 and list(shares["reading"]) == [
-        "one mask",
-        "four masks",
-        "parent, next token",
-        "parent, decoded",
-    ]
+    words, shares = reading.mask_words_table(study, texts)
+    readings = ["one mask", "four masks", "parent, next token", "parent, decoded"]
+    assert len(words) == 2 and list(shares["reading"]) == list(words)[1:] == readings
     assert shares[["content", "in_text"]].stack().between(0, 1).all()
-    assert list(reading_table(study, texts, "query")) == [
+    assert list(reading.reading_table(study, texts, "query")) == [
         "text", "DiffRetriever K=1", "DiffRetriever K=4", "PromptReps single", "PromptReps multi (N=2)"
     ]  # fmt: skip
     tokens = predicted_tokens(study.diffretriever(4, 4), texts)
@@ -161,8 +145,8 @@ def test_tables_of_words(study):
 
 def test_share_of_content():
     text = "A heap is a binary tree for which every parent counts."
-    assert share_of_content([" heap", "bin", " the", '"', " axis"], text) == {"content": 0.6, "in_text": 0.4}
-    assert share_of_content([], text) == {"content": 0.0, "in_text": 0.0}
+    assert reading.share_of_content([" heap", "bin", " the", '"', " axis"], text) == {"content": 0.6, "in_text": 0.4}
+    assert reading.share_of_content([], text) == {"content": 0.0, "in_text": 0.0}
 
 
 def test_mean_self_similarity(study):
@@ -170,9 +154,9 @@ def test_mean_self_similarity(study):
     dense[0, 0] = dense[0, 1] = dense[0, 2] = (1, 0)  # 1
     dense[1, 0], dense[1, 1] = (1, 0), (0, 1)  # 0
     dense[2, 0] = (1, 0)  # one vector: does not count
-    assert mean_self_similarity(Representations(dense, np.array([3, 2, 1]))) == pytest.approx(0.5)
-    assert np.isnan(mean_self_similarity(Representations(dense[2:], np.array([1]))))
-    table = self_similarity_table(study, COLLECTION)
+    assert reading.mean_self_similarity(Representations(dense, np.array([3, 2, 1]))) == pytest.approx(0.5)
+    assert np.isnan(reading.mean_self_similarity(Representations(dense[2:], np.array([1]))))
+    table = reading.self_similarity_table(study, COLLECTION)
     assert table["system"].tolist() == ["DiffRetriever", "PromptReps multi"] and table["vectors"].tolist() == [4, 2]
     assert table["cosine"].between(-1, 1).all() and table["vectors used"].between(1, 4).all()
 
@@ -203,13 +187,8 @@ def test_notebook_runs_and_reacts(folder, tmp_path, monkeypatch):
     (beir / "corpus.jsonl").write_text("".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in corpus))
     (beir / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "heap"}) + "\n")
     (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t1\n")
-    given = {
-        "profile": "smoke",
-        "collection": str(beir),
-        "results_root": str(tmp_path),
-        "query": "tree",
-        "pair": (4, 4),
-    }
+    given = {"profile": "smoke", "collection": str(beir), "results_root": str(tmp_path)}
+    given |= {"query": "tree", "pair": (4, 4)}
     space: dict = {"__name__": "__main__"}
     shown: list = []
     monkeypatch.setattr("IPython.display.display", lambda *objects, **_: shown.extend(objects))
@@ -223,6 +202,8 @@ def test_notebook_runs_and_reacts(folder, tmp_path, monkeypatch):
     assert space["status"].value == ""
     working = []
     space["status"].observe(lambda change: working.append(change["new"]), "value")
+    looked = [o for o in shown if str(getattr(o, "data", "")).startswith("**tree** in ")]
+    assert len(looked) == 1  # the first result is computed once
     for control, value in (("query", "sorted array"), ("k_query", 1), ("mode", "hybrid")):
         before = len(shown)
         space["controls"][control].value = value

@@ -5,6 +5,7 @@ import pytest
 import scipy.sparse as sp
 
 from diffret_lib.retrieval.representations import Origin, Representations
+from tests.test_systems import same
 
 
 def random(n: int, k: int = 3, h: int = 4, v: int = 50, seed: int = 0) -> Representations:
@@ -14,15 +15,6 @@ def random(n: int, k: int = 3, h: int = 4, v: int = 50, seed: int = 0) -> Repres
     dense[np.arange(k) >= lengths[:, None]] = 0
     sparse = sp.random_array((n, v), density=0.1, rng=rng, dtype=np.float32, format="csr")
     return Representations(dense, lengths, sp.csr_matrix(sparse))
-
-
-def same(a: Representations, b: Representations) -> bool:
-    return (
-        np.array_equal(a.dense, b.dense)
-        and np.array_equal(a.lengths, b.lengths)
-        and a.sparse.shape == b.sparse.shape
-        and np.array_equal(a.sparse.toarray(), b.sparse.toarray())
-    )
 
 
 @pytest.mark.parametrize(
@@ -51,7 +43,8 @@ def test_rows():
 def test_concatenate():
     a, b = random(2), random(3, seed=1)
     whole = Representations.concatenate([a, b])
-    assert whole.lengths.tolist() == [*a.lengths, *b.lengths] and same(whole[:2], a) and same(whole[2:], b)
+    assert whole.lengths.tolist() == [*a.lengths, *b.lengths] and len(whole) == 5
+    same(whole[:2], a, exact=True), same(whole[2:], b, exact=True)
     for other in (
         random(2, v=51),
         random(2, h=5),

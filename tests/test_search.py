@@ -69,6 +69,8 @@ KINDS = [(maxsim_search, plain_maxsim), (single_search, plain_mean), (sparse_sea
 def block(request, monkeypatch):
     if request.param is not None:
         monkeypatch.setattr(search, "BLOCK", request.param)
+        monkeypatch.setattr(search, "QUERY_VECTORS", 6)
+        monkeypatch.setattr(search.shards_of, "__defaults__", (max(1, request.param // 12),))
 
 
 @pytest.mark.parametrize("block", [None, 1, 150, 400], indirect=True)
@@ -185,7 +187,7 @@ def test_not_finite_scores_are_told(monkeypatch):
     q, p = make(2, 2, 1), make(30, 2, 2, least=1)
     p.dense[17, 0, 0] = np.nan
     for fast in (maxsim_search, single_search):
-        monkeypatch.setattr(search, "BLOCK", 80 if fast is maxsim_search else 160)  # 10 passages
+        monkeypatch.setattr(search.shards_of, "__defaults__", (10,))
         with pytest.raises(ValueError, match=r"passages 10\.\.20 are not finite"):
             fast(q, p, 3)
 

@@ -1,22 +1,24 @@
-"""Collections: docstrings of installed packages, BEIR's, and folders in BEIR's format."""
+"""Collections: docstrings of installed packages, published ones, and folders in BEIR's format."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffret_lib.config import PYDOCS, collection_folder
+from diffret_lib.config import PYDOCS, collection_folder, data_folders
+from diffret_lib.data.protocols import published, read_published
 
 if TYPE_CHECKING:
     from diffret_lib.data.collection import Collection
 
 
 def load_collection(name_or_path: str | Path) -> Collection:
-    """Load one of :data:`diffret_lib.config.PYDOCS`, a BEIR folder by its path, or a collection of BEIR by its name.
+    """Load one of :data:`diffret_lib.config.PYDOCS`, a BEIR folder by its path, or a published collection by its name.
 
-    A path, and a name, may end in ``":split"`` for a split other than ``test``.  ``beir/NAME`` and ``ir/NAME`` are
-    looked for in the folder ``DIFFRET_DATA`` (:func:`~diffret_lib.config.collection_folder`), the former then on the
-    hub (:data:`~diffret_lib.data.beir.REVISIONS`).
+    The published ones are those of ``collections.yaml`` (:mod:`diffret_lib.data.protocols`): ``msmarco/dev``,
+    ``beir/NAME``, ``nano/NAME``.  They, and ``ir/NAME``, are looked for in the folder ``DIFFRET_DATA``
+    (:func:`~diffret_lib.config.collection_folder`), then on the hub.  A path and a name may end in ``":split"`` for a
+    split other than ``test``.
 
     Raises
     ------
@@ -32,16 +34,13 @@ def load_collection(name_or_path: str | Path) -> Collection:
         return pydocs.load_pydocs(text)
     from diffret_lib.data import beir
 
-    kind, _, short = text.partition("/")
+    folders = data_folders(text.partition(":")[0])
     if found := collection_folder(text):
-        folder, split = found
-        named = kind in ("beir", "ir") and short
-        return beir.load_beir(folder, split, text.removesuffix(f":{split}") if named else None)
-    name, _, split = short.partition(":")
-    if kind == "beir" and name in beir.REVISIONS:
-        return beir.load_hub(name, split or "test")
+        return beir.load_beir(*found, name=text if folders else None)
+    if published(text):
+        return beir.load_published(text)
     ways = f"neither a BEIR folder nor one of {', '.join(PYDOCS)}"
-    if kind in ("beir", "ir") and short:
-        ways = f"set DIFFRET_DATA to a folder with {name}/, a BEIR folder (corpus.jsonl, queries.jsonl, qrels/test.tsv)"
-        ways += f"; of the hub there are {', '.join(beir.REVISIONS)}" if kind == "beir" else ""
+    if folders:
+        ways = f"set DIFFRET_DATA to a folder with {folders[-1]}/, a BEIR folder (corpus.jsonl, queries.jsonl, "
+        ways += f"qrels/test.tsv); of the hub there are {', '.join(read_published())}"
     raise FileNotFoundError(f"no collection {text!r}: {ways}")

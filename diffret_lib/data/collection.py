@@ -1,17 +1,16 @@
-"""Retrieval collections: passages, queries and relevance judgements, memory-mapped and fingerprinted."""
+"""Retrieval collections: passages and queries as Arrow tables, relevance judgements, and a fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, islice, zip_longest
-from pathlib import Path
+from itertools import chain, zip_longest
 from typing import Any
 
 import datasets
@@ -24,18 +23,6 @@ from diffret_lib.data.checks import identifier, numbers_by_id, strings, whole_nu
 FEATURES = datasets.Features({"id": datasets.Value("string"), "text": datasets.Value("string")})
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep ``datasets`` from drawing bars meanwhile."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
 def words(text: str) -> list[str]:
     """Lower-cased words (runs of letters, digits and underscores) of a text."""
     return re.findall(r"\w+", text.lower())
@@ -46,9 +33,16 @@ def contains_run(text: list[str], run: list[str]) -> bool:
     return bool(run) and f" {' '.join(run)} " in f" {' '.join(text)} "
 
 
-def seeded_order(ids: Iterable[str], seed: int | str) -> list[str]:
-    """Ids in the order of the SHA-256 of seed and id: the same everywhere, and a smaller sample is part of a larger."""
-    return sorted(ids, key=lambda i: (hashlib.sha256(f"{seed}\0{i}".encode()).digest(), i))
+def seeded_order(ids: Iterable[str], seed: int | str, count: int | None = None) -> list[str]:
+    """The first ``count`` ids (None: all) in the order of the SHA-256 of seed and id.
+
+    It is the same everywhere, and a smaller sample is part of a larger one.
+    """
+
+    def place(name: str) -> tuple[bytes, str]:
+        return hashlib.sha256(f"{seed}\0{name}".encode()).digest(), name
+
+    return sorted(ids, key=place) if count is None else heapq.nsmallest(count, ids, place)
 
 
 class Column(datasets.Column):
@@ -95,34 +89,28 @@ class Collection:
     ) -> Collection:  # fmt: skip
         """Make a collection in memory; ``more`` are other attributes.
 
-        ValueError: other lengths, ids that occur twice or that a TREC run cannot hold, unknown ids, no strings.
+        ValueError: no name, other lengths, ids that occur twice or that a TREC run cannot hold, unknown ids, no
+        strings, half of a surrogate pair.
         """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"a collection needs a name, not {name!r}")
         numbers_by_id("qrels", qrels, whole=True)
         rows = []
         for what, ids, texts in (("passage", passage_ids, passages), ("query", query_ids, queries)):
             strings(f"{what} ids", ids), strings(f"{what} texts", texts)
             if twice := [i for i, count in Counter(map(identifier, ids)).items() if count > 1]:
                 raise ValueError(f"{name}: ids that occur twice: {', '.join(twice[:3])}")
+            if len(ids) != len(texts):
+                raise ValueError(f"{name}: {len(ids)} {what} ids for {len(texts)} texts")
+            for key, text in zip(ids, texts, strict=True):
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise ValueError(f"{name}: {what} {key!r}: {error}") from None
             rows.append(datasets.Dataset.from_dict({"id": list(ids), "text": list(texts)}, features=FEATURES))
         if unknown := sorted(set().union(*qrels.values()) - set(passage_ids)):
             raise ValueError(f"{name}: the judgements name unknown passages: {', '.join(unknown[:3])}")
         return cls(name, *rows, qrels, **more)
-
-    def save(self, folder: Path) -> None:
-        """Write the collection into a folder; :meth:`load` reads it memory-mapped."""
-        with quiet():
-            self.passage_rows.save_to_disk(folder / "passages")
-            self.query_rows.save_to_disk(folder / "queries")
-        rest = {field.name: getattr(self, field.name) for field in fields(self) if not field.name.endswith("_rows")}
-        (folder / "collection.json").write_text(json.dumps(rest), encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> Collection:
-        """Read what :meth:`save` has written."""
-        rest = json.loads((folder / "collection.json").read_text(encoding="utf-8"))
-        with quiet():
-            passages, queries = (datasets.load_from_disk(folder / part) for part in ("passages", "queries"))
-        return cls(passage_rows=passages, query_rows=queries, **rest)
 
     passage_ids = property(lambda self: Column(self.passage_rows, "id"), doc="Ids of the passages.")
     passages = property(lambda self: Column(self.passage_rows, "text"), doc="Texts of the passages.")
@@ -175,8 +163,13 @@ class Collection:
         taken, then the second of each, and random ones when there are no more.  A pool of one retriever's results is
         harder for that retriever than for others; without ``hard`` none has a say.
 
-        ValueError: no query fits, a number is no whole one of at least 1, or ``hard`` names unknown passages.
+        ValueError: no query fits, a number is no whole one of at least 1, ``hard`` maps no ids to lists of ids, or
+        names unknown passages.
         """
+        if not isinstance(hard or {}, Mapping):
+            raise ValueError(f"hard must map query ids to lists of passage ids, not {hard!r:.80}")
+        for query_id, best in (hard or {}).items():
+            strings(f"hard passages of {query_id!r}", best)
         all_queries, all_passages = len(self.query_rows), len(self.passage_rows)
         want_queries, want_passages = (
             there if asked is None else min(whole_number(name, asked), there)
@@ -200,24 +193,27 @@ class Collection:
         passages.update(near)
         if unknown := passages.difference(self.passage_ids):
             raise ValueError(f"{self.name}: hard names unknown passages: {', '.join(sorted(unknown)[:3])}")
-        others = (p for p in seeded_order(self.passage_ids, f"passages {seed}") if p not in passages)
-        passages.update(islice(others, want_passages - len(passages)))
-        coverage = f"sample of {len(passages):,} of {all_passages:,} passages"
+        if want_passages < all_passages:
+            others = (p for p in self.passage_ids if p not in passages)
+            passages.update(seeded_order(others, f"passages {seed}", want_passages - len(passages)))
+        coverage = f"sample of {want_passages:,} of {all_passages:,} passages"
         coverage += f", {len(near):,} of them hard" if hard else ""
         coverage += f", {len(queries):,} of {all_queries:,} queries"
         coverage += "" if self.coverage == "whole" else f" ({self.coverage})"
-        return replace(self.restrict(passages, queries), coverage=coverage)
+        part = self.restrict(passages if want_passages < all_passages else None, queries)
+        return replace(part, coverage=coverage)
 
-    def restrict(self, passage_ids: Iterable[str], query_ids: Iterable[str]) -> Collection:
-        """Take these passages and queries, in this collection's order; judgements of other passages go."""
-        passages, queries = set(passage_ids), set(query_ids)
-        kept = passages | self._missing
-        return replace(
-            self,
-            passage_rows=self.passage_rows.select([i for i, p in enumerate(self.passage_ids) if p in passages]),
-            query_rows=self.query_rows.select([i for i, q in enumerate(self.query_ids) if q in queries]),
-            qrels={q: {p: r for p, r in self.qrels[q].items() if p in kept} for q in self.qrels if q in queries},
-        )
+    def restrict(self, passage_ids: Iterable[str] | None, query_ids: Iterable[str]) -> Collection:
+        """Take these passages (None: all) and queries, in this collection's order; judgements of other passages go."""
+        queries, rows = set(query_ids), self.passage_rows
+        qrels = {query: judged for query, judged in self.qrels.items() if query in queries}
+        if passage_ids is not None:
+            passages = set(passage_ids)
+            rows = rows.select([i for i, p in enumerate(self.passage_ids) if p in passages])
+            kept = passages | self._missing
+            qrels = {query: {p: r for p, r in judged.items() if p in kept} for query, judged in qrels.items()}
+        chosen = self.query_rows.select([i for i, q in enumerate(self.query_ids) if q in queries])
+        return replace(self, passage_rows=rows, query_rows=chosen, qrels=qrels)
 
     def protocol(self) -> dict[str, Any]:
         """How the collection is evaluated, beside metric and lengths: source, passage text, relevance, exclusion."""

@@ -38,7 +38,7 @@ from numpydoc.docscrape import NumpyDocString
 from sklearn.feature_extraction.text import CountVectorizer
 
 from diffret_lib.addresses import address
-from diffret_lib.cache import fetch, remember, write_text
+from diffret_lib.cache import remember, write_text
 from diffret_lib.config import PACKAGES, PYDOCS, SPLIT_PACKAGE, SPLITS
 from diffret_lib.data.collection import Collection, contains_run, words
 from diffret_lib.data.docstrings import documented_objects, passage_text, plain_text
@@ -215,8 +215,7 @@ def load_pydocs(name: str, check: bool = True) -> Collection:
     split = package.removeprefix(f"{SPLIT_PACKAGE}-")
     package, split = (SPLIT_PACKAGE, split) if split in SPLITS else (package, "")
     version = version_of(package)
-    key = address([build, collection_of], package, version, split)
-    found = Collection.load(fetch("collections", key, lambda to: collection_of(material(package), split).save(to)))
+    found = collection_of(material(package), split)
     if check:
         expected = json.loads(FINGERPRINTS.read_text(encoding="utf-8"))[name]
         if expected["version"] != version:

@@ -7,7 +7,6 @@ decides whether it is read and searched once more at another Kq.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -131,8 +130,7 @@ def feature_correlations(features: pd.DataFrame, grid: pd.DataFrame) -> pd.DataF
         for feature in features.columns:
             x, y = ranks[feature], ranks["target"]
             varies = len(both) > 2 and x.nunique() > 1 and y.nunique() > 1
-            rho, p = stats.spearmanr(x, y) if varies else (np.nan, np.nan)
-            rows.append((feature, target, rho, p, len(both)))
+            rows.append((feature, target, *(stats.spearmanr(x, y) if varies else (np.nan, np.nan)), len(both)))
     table = pd.DataFrame(rows, columns=["feature", "target", "rho", "p", "queries"])
     table.insert(4, "p_corrected", holm(table["p"]))
     return table
@@ -145,8 +143,10 @@ class KAllocator(BaseEstimator):
     margin.  Penalties (:data:`ALPHAS`) and the margin (:data:`MARGINS`; of equally good ones the largest) are chosen by
     cross-validation, its folds split by ``seed``.
 
-    Fitted: ``counts_`` (the other Kq), ``model_`` (of all queries), ``margin_``, ``out_of_fold_`` (held-out predicted
-    gains, float [n, len(counts_)]), ``r2_`` (by Kq) and ``margin_gains_`` (by margin: held-out mean gain).
+    Fitted: ``model_`` (of all queries), ``margin_``, ``out_of_fold_`` (held-out predicted gains, float [n, other Kq])
+    and ``learned_``, a row for each other Kq: k_query, mean_gain (over the default), ties (share of the queries on
+    which it equals the default), r2 (held out), alpha, margin, margin_gain (held out), and each feature's coefficient
+    (nDCG@10 for one standard deviation).
     """
 
     def __init__(self, default: int = 4, seed: int = 0) -> None:
@@ -161,25 +161,27 @@ class KAllocator(BaseEstimator):
             raise ValueError("features and values are not of the same queries")
         if len(features) < 4:
             raise ValueError(f"{len(features)} queries are too few to learn from; at least 4 are needed")
-        self.counts_ = [int(k) for k in values.columns if k != self.default]
-        self.feature_names_in_ = np.array(features.columns, dtype=object)
-        x = features.to_numpy(float)
-        gains = values[self.counts_].to_numpy(float) - values[[self.default]].to_numpy(float)
-        model = make_pipeline(StandardScaler(), RidgeCV(ALPHAS, alpha_per_target=gains.shape[1] > 1))
+        gains = values[[k for k in values if k != self.default]].sub(values[self.default], axis=0)
+        x, y = features.to_numpy(float), np.ascontiguousarray(gains, float)
+        model = make_pipeline(StandardScaler(), RidgeCV(ALPHAS, alpha_per_target=y.shape[1] > 1))
         folds = KFold(min(10, len(x)), shuffle=True, random_state=self.seed)
-        self.out_of_fold_ = cross_val_predict(model, x, gains, cv=folds).reshape(gains.shape)
-        self.r2_ = dict(zip(self.counts_, r2_score(gains, self.out_of_fold_, multioutput="raw_values"), strict=True))
-        known = np.column_stack([np.zeros(len(x)), gains])
-        taken = {m: known[np.arange(len(x)), self._places(self.out_of_fold_, m)] for m in MARGINS}
-        self.margin_gains_ = {m: float(gained.mean()) for m, gained in taken.items()}
-        self.margin_ = max(MARGINS, key=lambda m: (round(self.margin_gains_[m], 9), m))
-        self.model_ = model.fit(x, gains)
+        self.out_of_fold_ = cross_val_predict(model, x, y, cv=folds).reshape(y.shape)
+        known = np.column_stack([np.zeros(len(x)), y])
+        margin_gains = {m: known[np.arange(len(x)), self._places(self.out_of_fold_, m)].mean() for m in MARGINS}
+        self.margin_ = max(MARGINS, key=lambda m: (round(margin_gains[m], 9), m))
+        self.model_ = model.fit(x, y)
+        learned = pd.DataFrame({
+            "k_query": gains.columns, "mean_gain": gains.mean().to_numpy(), "ties": np.isclose(gains, 0).mean(0),
+            "r2": r2_score(y, self.out_of_fold_, multioutput="raw_values"), "alpha": model[-1].alpha_,
+            "margin": self.margin_, "margin_gain": margin_gains[self.margin_],
+        })  # fmt: skip
+        self.learned_ = learned.join(pd.DataFrame(np.atleast_2d(model[-1].coef_), columns=features.columns))
         return self
 
     def predict(self, features: pd.DataFrame) -> np.ndarray:
         """Choose Kq for each query; int64 [n]."""
-        gains = self.model_.predict(features[list(self.feature_names_in_)].to_numpy(float)).reshape(len(features), -1)
-        return np.array([self.default, *self.counts_])[self._places(gains, self.margin_)]
+        gains = self.model_.predict(features.to_numpy(float)).reshape(len(features), -1)
+        return np.array([self.default, *self.learned_["k_query"]])[self._places(gains, self.margin_)]
 
     @staticmethod
     def _places(gains: np.ndarray, margin: float) -> np.ndarray:
@@ -187,70 +189,39 @@ class KAllocator(BaseEstimator):
         return np.where(gains.max(1) > margin, 1 + gains.argmax(1), 0)
 
 
-def allocator_model_table(allocator: KAllocator, values: pd.DataFrame) -> pd.DataFrame:
-    """Describe an allocator, a row for each Kq other than the default; ``values`` are those it was fitted to.
-
-    Columns k_query, mean_gain (over the default), ties (share of the queries on which it equals the default), r2 (held
-    out), alpha, margin, margin_gain (held out), and each feature's coefficient (nDCG@10 for one standard deviation).
-    """
-    ridge, gains = allocator.model_[-1], values[allocator.counts_].sub(values[allocator.default], axis=0)
-    table = pd.DataFrame({
-        "k_query": allocator.counts_, "mean_gain": gains.mean().to_numpy(), "ties": np.isclose(gains, 0).mean(0),
-        "r2": list(allocator.r2_.values()), "alpha": ridge.alpha_, "margin": allocator.margin_,
-        "margin_gain": allocator.margin_gains_[allocator.margin_],
-    })  # fmt: skip
-    return table.join(pd.DataFrame(np.atleast_2d(ridge.coef_), columns=allocator.feature_names_in_))
-
-
 def allocator_table(
-    values: pd.DataFrame, chosen: pd.Series, default: int, *, resamples: int = RESAMPLES, seed: int = 0,
-    chance: pd.Series | None = None,
-) -> pd.DataFrame:  # fmt: skip
+    values: pd.DataFrame, chosen: pd.Series, default: int, chance: pd.Series, resamples: int = RESAMPLES, seed: int = 0
+) -> pd.DataFrame:
     """Compare the allocator with the default Kq and the oracle over Kq.
 
-    ``values`` is from :func:`count_values`; ``chosen`` has the Kq of every query (ValueError when one has none), and
-    ``chance`` the chance level of the oracle's headroom over Kq.  A row for each collection, and one for ``macro``,
-    their mean.  Columns collection, queries, selected, adaptive, oracle_kq, headroom (oracle_kq less selected), chance,
-    gain (adaptive less selected), low, high, p and detectable (of the macro gain, as of
-    :func:`~diffret_lib.experiments.comparison.paired`), closed (gain / headroom; nan without any), mean_kq and changed
-    (share that leaves the default).
+    ``values`` is from :func:`count_values`; ``chosen`` has the Kq of every query, and ``chance`` the chance level of
+    the oracle's headroom over Kq.  A row for each collection, and one for ``macro``, their mean.  Columns collection,
+    queries, selected, adaptive, oracle_kq, headroom (oracle_kq less selected), chance, gain (adaptive less selected),
+    low, high, p and detectable (of the macro gain, as of :func:`~diffret_lib.experiments.comparison.paired`), closed
+    (gain / headroom; nan without any), mean_kq and changed (share that leaves the default).
     """
     chosen = chosen.reindex(values.index)
-    if chosen.isna().any():
-        raise ValueError(f"no Kq was chosen for {int(chosen.isna().sum())} of {len(values)} queries")
-    taken = values.to_numpy()[np.arange(len(values)), values.columns.get_indexer(chosen.astype(int))]
+    taken = values.to_numpy()[np.arange(len(values)), values.columns.get_indexer(chosen)]
     frame = pd.DataFrame({"selected": values[default], "adaptive": taken, "oracle_kq": values.max(axis=1)})
     frame["headroom"], frame["gain"] = frame["oracle_kq"] - frame["selected"], frame["adaptive"] - frame["selected"]
-    frame["chance"] = np.nan if chance is None else chance.reindex(values.index)
-    frame["mean_kq"], frame["changed"] = chosen, chosen != default
+    frame["chance"], frame["mean_kq"], frame["changed"] = chance.reindex(values.index), chosen, chosen != default
     groups = frame.astype(float).groupby(level="collection", sort=False)
     table = groups.mean()
     table.loc["macro"] = table.mean()
     table["queries"] = [*groups.size(), len(frame)]
     # of a collection or a mean without headroom there is nothing to close
     table["closed"] = table["gain"] / table["headroom"].where(table["headroom"] > 1e-12)
-    found = paired({c: gain.to_numpy() for c, gain in groups["gain"]}, resamples, seed)
-    tested = ["low", "high", "p", "detectable"]
+    found, tested = paired(frame["gain"], resamples, seed), ["low", "high", "p", "detectable"]
     table.loc["macro", tested] = [found[name] for name in tested]
     order = "queries selected adaptive oracle_kq headroom chance gain low high p detectable closed mean_kq changed"
     return table[order.split()].rename_axis("collection").reset_index()
 
 
-class Allocation(NamedTuple):
-    """An allocator that was fitted on the training collection: what it learned and does on the test collections.
-
-    Features of the test queries, and the tables of :func:`allocator_model_table` and :func:`allocator_table`.
-    """
-
-    features: pd.DataFrame
-    learned: pd.DataFrame
-    outcome: pd.DataFrame
-
-
-def allocate(study: Study, queries: pd.DataFrame) -> Allocation:
+def allocate(study: Study, queries: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Fit an allocator on the training collection and apply it to all test collections, at the selected Kp.
 
-    ``queries`` is from :func:`~diffret_lib.experiments.oracle.oracle_queries`, for the chance level.
+    ``queries`` is from :func:`~diffret_lib.experiments.oracle.oracle_queries`, for the chance level.  Returns the
+    features of the test queries, what the allocator learned (:class:`KAllocator`), and :func:`allocator_table`.
     """
     pair, seed = study.selected, study.profile.seed
     known, values = count_values(study.train_grid, pair[1]), count_values(study.test_grid, pair[1])
@@ -258,8 +229,8 @@ def allocate(study: Study, queries: pd.DataFrame) -> Allocation:
     features = pd.concat([query_features(study, c, pair) for c in study.test_collections])
     allocator = KAllocator(default=pair[0], seed=seed).fit(train, known)
     chosen = pd.Series(allocator.predict(features.loc[values.index]), values.index)
-    outcome = allocator_table(values, chosen, pair[0], seed=seed, chance=queries.set_index(QUERY)["chance_kq"])
-    return Allocation(features, allocator_model_table(allocator, known), outcome)
+    chance = queries.set_index(QUERY)["chance_kq"]
+    return features, allocator.learned_, allocator_table(values, chosen, pair[0], chance, seed=seed)
 
 
 def allocator_answer(outcome: pd.DataFrame) -> str:

@@ -37,7 +37,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
 
@@ -49,9 +48,10 @@ from diffret_lib.experiments.comparison import (
     differences,
     held_out_losses,
     paired,
+    read_table,
     undertrained,
 )
-from diffret_lib.retrieval.metrics import holm, macro_average
+from diffret_lib.retrieval.metrics import holm
 
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
 INCONCLUSIVE, NOT_TESTED = "inconclusive at this scale", "not tested"
@@ -62,22 +62,19 @@ ALPHA = 0.05
 NEAR = 1.5
 #: Directions of a claimed gain.
 GAINS = ("greater", "clear gain")
-#: The notebook that writes each table or record.
-PRODUCERS = {
-    "grid_per_query": "02_mask_count_ablation", "selected_pair": "02_mask_count_ablation",
-    "per_query": "04_evaluation", "oracle_chance": "05_per_query_optimal_k", "claim4_ratios": "06_efficiency",
-}  # fmt: skip
-
-#: What a test has that compares no two systems of a table.
-SOURCES = {
-    "held-out losses": "best pair by the other half of the queries (hybrid) − selected pair",
-    "best fixed": "per-query oracle less chance (hybrid) − best fixed pair",
-    "selected": "per-query oracle less chance (hybrid) − selected pair",
-    "fine-tuning": "per-query oracle, frozen, less chance (hybrid) − DiffRetriever multi, fine-tuned",
-}  # fmt: skip
+#: The notebook that writes each table.
+PRODUCERS = {"per_query": "04_evaluation", "claim4_ratios": "06_efficiency", "grid_per_query": "02_mask_count_ablation",
+             "oracle_chance": "05_per_query_optimal_k"}  # fmt: skip
 DIFFERENCE, RATIO = "macro difference of nDCG@10", "ratio of latencies"
 NUMBERS = ["value", "low", "high", "low_all", "high_all", "p", "p_corrected", "p_all", "detectable", "needed_queries"]
-_ABOUT = ["claim", "id", "family", "comparison", "training", "mode", "direction", "statistic", "bound", "counts"]
+#: The note of tests that a profile without fine-tuning leaves out.
+NO_TRAINING = "no system is fine-tuned in this profile"
+_MULTI = "DiffRetriever multi, fine-tuned"
+_COMPARED = "{ours} ({mode}) − {other} ({against})"
+#: Columns of the tests, with what a test has there that declares and finds nothing else.
+_COLUMNS = dict.fromkeys("claim id family comparison training mode direction statistic".split(), "")
+_COLUMNS |= {"bound": 0.0, "counts": True} | dict.fromkeys(NUMBERS, math.nan)
+_COLUMNS |= {"queries": 0, "collections": 0, "verdict": "", "note": ""}
 Row = dict[str, Any]
 
 
@@ -91,25 +88,16 @@ def _planned() -> list[Row]:
     for number, claim in enumerate(_texts(), 1):
         lists = [{k: v if isinstance(v, list) else [v] for k, v in test.items()} for test in claim["tests"]]
         tests = [dict(zip(test, values)) for test in lists for values in product(*test.values())]
+        shared = {"claim": number, "table": "per_query", "comparison": _COMPARED, "statistic": DIFFERENCE}
+        shared |= {key: value for key, value in claim.items() if key != "tests"}
         for letter, test in zip(string.ascii_lowercase, tests):
-            row = {"claim": number, "id": f"{number}{letter}", "family": claim["family"], "bound": 0.0, "counts": True}
-            row |= {"statistic": RATIO if "system" in test else DIFFERENCE, "note": "", "training": "", "mode": ""}
-            row |= test
-            rows.append({"comparison": _label(row)} | row)
+            row = _COLUMNS | shared | {"id": f"{number}{letter}"} | test
+            if row["table"] == "per_query":
+                row["ours"] = comparison_name(row["better"], row["training"])
+                row["other"] = comparison_name(row["than"], "zero-shot" if row["than"] == "BM25" else row["training"])
+                row["against"] = row.get("against", row["mode"])
+            rows.append(row | {"comparison": row["comparison"].format(**row)})
     return rows
-
-
-def _label(test: Row) -> str:
-    if "system" in test:
-        return f"{test['system']} {test['count']} against one, {test['quantity']}, batch {test['batch']}"
-    if "source" in test:
-        return SOURCES[test["source"]]
-    names = comparison_name(test["better"], test["training"]), _other(test)
-    return "{} ({}) − {} ({})".format(names[0], test["mode"], names[1], test.get("against", test["mode"]))
-
-
-def _other(test: Row) -> str:
-    return comparison_name(test["than"], "zero-shot" if test["than"] == "BM25" else test["training"])
 
 
 @dataclass
@@ -117,19 +105,15 @@ class _Saved:
     """The saved tables, of some collections alone where they have collections."""
 
     folder: Path
-    profile: str
     collections: Sequence[str]
     resamples: int
     seed: int
 
-    def missing(self, what: str, name: str) -> ValueError:
-        return ValueError(f"{what}; notebook {PRODUCERS[name]} writes it: make reproduce PROFILE={self.profile}")
-
     def table(self, name: str) -> pd.DataFrame:
         path = self.folder / "tables" / f"{name}.csv"
         if not path.is_file():
-            raise self.missing(f"tables/{name}.csv is not there", name)
-        return pd.read_csv(path, dtype={"query_id": str}, keep_default_na=False, na_values=[""])
+            raise ValueError(f"tables/{name}.csv is not there")
+        return read_table(path)
 
     @cached_property
     def per_query(self) -> pd.DataFrame:
@@ -148,33 +132,36 @@ class _Saved:
         path = self.folder / "run.json"
         run = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if "selected_pair" not in run.get("results", {}):
-            raise self.missing("run.json has no selected_pair", "selected_pair")
+            raise ValueError("run.json has no selected_pair of notebook 02")
         return tuple(map(int, run["results"]["selected_pair"]))
 
-    def paired(self, values: dict[str, np.ndarray], test: Row) -> Row:
+    def paired(self, values: pd.Series, test: Row) -> Row:
         bound = test["bound"] if test["direction"] in ("no gain", "at most") else 0.0
         return paired(values, self.resamples, self.seed, bound)
 
 
-def _compared(saved: _Saved, test: Row) -> Row:
-    """Two systems, each in its mode; one that is undertrained leaves the test without a number."""
-    ours, other = comparison_name(test["better"], test["training"]), _other(test)
-    for name in (ours, other):
-        if name in saved.undertrained:
+def _numbers(saved: _Saved, test: Row) -> Row:
+    """What a test finds in its table; a ValueError says what is not there.
+
+    A system that is undertrained, or a profile that trains none, leaves the test without a number.
+    """
+    if test["training"] == "fine-tuned":
+        if not (saved.per_query["training"] == "fine-tuned").any():
+            return {"note": NO_TRAINING}
+        for name in {test.get("ours", _MULTI), test.get("other", _MULTI)} & set(saved.undertrained):
             return {"counts": False, "note": f"{name}: {saved.undertrained[name]}"}
-    against = test.get("against", test["mode"])
-    if against == "best":
-        averages = {mode: _macro(values) for (name, mode), values in saved.systems.items() if name == other}
-        against = max(averages, key=averages.get, default="dense")
-    try:
-        values = differences(saved.systems, (ours, test["mode"]), (other, against))
-    except ValueError as error:
-        raise saved.missing(str(error), "per_query") from error
-    return saved.paired(values, test) | {"comparison": f"{ours} ({test['mode']}) − {other} ({against})"}
+    find = {"per_query": _compared, "claim4_ratios": _ratio, "grid_per_query": _losses, "oracle_chance": _beyond_chance}
+    return find[test["table"]](saved, test)
 
 
-def _macro(values: pd.Series) -> float:
-    return macro_average({c: v.to_numpy() for c, v in values.groupby(level="collection")})
+def _compared(saved: _Saved, test: Row) -> Row:
+    """Two systems, each in its mode."""
+    if test["against"] == "best":
+        known = {mode: values for (name, mode), values in saved.systems.items() if name == test["other"]}
+        means = {mode: values.groupby(level="collection").mean().mean() for mode, values in known.items()}
+        test = test | {"against": max(means, key=means.get, default="dense")}
+    values = differences(saved.systems, (test["ours"], test["mode"]), (test["other"], test["against"]))
+    return saved.paired(values, test) | {"comparison": _COMPARED.format(**test)}
 
 
 def _ratio(saved: _Saved, test: Row) -> Row:
@@ -182,32 +169,30 @@ def _ratio(saved: _Saved, test: Row) -> Row:
     count = saved.selected[0] if test["count"] == "selected" else test["count"]
     if count == 1:
         return {"counts": False, "note": "the selected pair has one mask a query"}
-    rows = saved.table("claim4_ratios")
-    for column in ("system", "quantity", "batch"):
-        rows = rows[rows[column] == test[column]]
-    rows = rows[(rows["count"] == count) & (rows["decoding"] != "as answered")]
+    rows, asked = saved.table("claim4_ratios"), [count, *(test[c] for c in ("system", "quantity", "batch"))]
+    rows = rows[(rows[["count", "system", "quantity", "batch"]] == asked).all(axis=1)]
+    rows = rows[rows["decoding"] != "as answered"]
     if rows.empty:
-        raise saved.missing(f"claim4_ratios.csv has no row of {_label(test | {'count': count})}", "claim4_ratios")
+        raise ValueError(f"claim4_ratios.csv has no row of {test['comparison']} at {count}")
     return rows.iloc[0][["comparison", "value", "low", "high"]].to_dict()
 
 
-def _sourced(saved: _Saved, test: Row) -> Row:
-    """The loss of the selected pair, or the oracle's headroom beyond chance over a reference."""
-    if test["source"] == "held-out losses":
-        grid, pair = saved.table("grid_per_query"), saved.selected
-        grid = grid[grid["collection"].isin(list(saved.collections))]
-        if pair not in set(zip(grid["k_query"], grid["k_passage"])):
-            raise saved.missing(f"grid_per_query.csv has no test rows of the pair {pair}", "grid_per_query")
-        losses = held_out_losses(grid, pair, saved.seed)
-        return saved.paired(losses, test) | {"comparison": f"{test['comparison']} {pair}"}
-    rows = saved.table("oracle_chance")
-    rows = rows[(rows["kind"] == "beyond chance") & (rows["reference"] == test["source"])]
-    if rows.empty:
-        raise saved.missing(f"oracle_chance.csv has no part beyond chance over {test['source']}", "oracle_chance")
-    tuned = "DiffRetriever multi, fine-tuned"
-    if test["training"] == "fine-tuned" and tuned in saved.undertrained:
-        return {"counts": False, "note": f"{tuned}: {saved.undertrained[tuned]}"}
-    return rows.iloc[0].drop(["kind", "reference", "method"]).to_dict()
+def _losses(saved: _Saved, test: Row) -> Row:
+    """What the selected pair loses; that it loses nothing at all is not what is tested, so p is nan."""
+    grid = saved.table("grid_per_query")
+    grid = grid[grid["collection"].isin(list(saved.collections))]
+    if saved.selected not in set(zip(grid["k_query"], grid["k_passage"])):
+        raise ValueError(f"grid_per_query.csv has no test rows of the pair {saved.selected}")
+    found = saved.paired(held_out_losses(grid, saved.selected, saved.seed), test)
+    return found | {"comparison": f"{test['comparison']} {saved.selected}", "p": math.nan}
+
+
+def _beyond_chance(saved: _Saved, test: Row) -> Row:
+    """The oracle's headroom beyond chance over a reference."""
+    rows = saved.table("oracle_chance").set_index(["kind", "reference"]).drop(columns="method")
+    if ("beyond chance", test["reference"]) not in rows.index:
+        raise ValueError(f"oracle_chance.csv has no part beyond chance over {test['reference']}")
+    return rows.loc["beyond chance", test["reference"]].to_dict()
 
 
 def decide(direction: str, value: float, low: float, high: float, p: float, p_other: float, bound: float = 0.0) -> str:
@@ -242,10 +227,9 @@ def combine(verdicts: Sequence[str], family: str) -> str:
         if not tested or len(tested) < len(verdicts):
             return NOT_TESTED
         return SUPPORTED if set(tested) == {SUPPORTED} else INCONCLUSIVE
-    clear = [v for v in (SUPPORTED, CONTRADICTED) if v in tested]
-    if not clear:
-        return INCONCLUSIVE if tested else NOT_TESTED
-    return clear[0] if set(tested) == set(clear[:1]) else ", ".join(f"{v} in part" for v in clear)
+    if len(set(tested)) == 1:
+        return tested[0]
+    return ", ".join(f"{v} in part" for v in (SUPPORTED, CONTRADICTED) if v in tested) or NOT_TESTED
 
 
 @dataclass(frozen=True)
@@ -263,15 +247,6 @@ class Ledger:
     tests: pd.DataFrame
     verdicts: pd.DataFrame
 
-    def shown(self) -> pd.DataFrame:
-        """The columns and rows of the tests that a reader wants: what was tested, or should have been."""
-        left_out = ["claim", "family", "training", "mode", "statistic", "collections"]
-        return self.tests[_telling(self.tests)].drop(columns=left_out)
-
-
-def _telling(tests: pd.DataFrame) -> pd.Series:
-    return tests["counts"] | (tests["verdict"] != NOT_TESTED) | tests["note"].str.contains("undertrained")
-
 
 def ledger(
     folder: Path, profile_name: str, collections: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
@@ -280,30 +255,26 @@ def ledger(
 
     A test whose table or rows are missing is "not tested", with a note that says which notebook makes them.
     """
-    saved, rows = _Saved(Path(folder), profile_name, collections, resamples, seed), []
+    saved, rows = _Saved(Path(folder), collections, resamples, seed), []
     for test in _planned():
-        fill = _ratio if "system" in test else _sourced if "source" in test else _compared
-        row = dict.fromkeys(NUMBERS, math.nan) | {"queries": 0, "collections": 0} | test
         try:
-            rows.append(row | fill(saved, test))
+            rows.append(test | _numbers(saved, test))
         except ValueError as error:
-            rows.append(row | {"note": str(error)})
+            table = next((name for name in PRODUCERS if f"/{name}." in str(error)), test["table"])
+            where = f"notebook {PRODUCERS[table]} writes it: make reproduce PROFILE={profile_name}"
+            rows.append(test | {"note": f"{error}; {where}"})
     tests = pd.DataFrame(rows)
     # two numbers of vectors that are one: the selected pair has 16 masks a query
     tests = tests[~(tests.duplicated(["claim", "comparison", "batch", "quantity"]) & (tests["statistic"] == RATIO))]
-    tests = tests.reset_index(drop=True).astype({"queries": int, "collections": int, "counts": bool})
-    tests.loc[tests["direction"] == "at most", "p"] = math.nan  # that there is no loss at all is not what is tested
+    tests = tests.reset_index(drop=True)[list(_COLUMNS)].astype({"queries": int, "collections": int, "counts": bool})
     counting = tests[tests["counts"]]
     gains = counting[counting["direction"].isin(GAINS)]
     tests["p_all"] = pd.Series(holm(gains["p"]), gains.index)
     tests["p_corrected"] = counting.groupby("claim")["p"].transform(holm)
-    verdicts = []
-    for t in tests.itertuples():
-        corrected = t.p_corrected if t.counts else t.p
-        own = t.p if t.family == "all" else corrected
-        verdicts.append(decide(t.direction, t.value, t.low, t.high, own, corrected, t.bound))
-    tests["verdict"] = verdicts
-    tests = tests[[*_ABOUT, *NUMBERS, "queries", "collections", "verdict", "note"]]
+    corrected = tests["p_corrected"].where(tests["counts"], tests["p"])
+    own = tests["p"].where(tests["family"] == "all", corrected)
+    numbers = (tests[column] for column in ("direction", "value", "low", "high"))
+    tests["verdict"] = list(map(decide, *numbers, own, corrected, tests["bound"]))
     return Ledger(profile_name, tests, _verdicts(tests, saved))
 
 
@@ -321,26 +292,30 @@ def _verdicts(tests: pd.DataFrame, saved: _Saved) -> pd.DataFrame:
 
 
 def _where(tests: pd.DataFrame) -> str:
-    """The counting tests by their verdicts: mode and training, or what was compared."""
-    parts = []
-    for verdict, rows in tests[tests["verdict"] != NOT_TESTED].groupby("verdict", sort=False):
+    """Counting tests by their verdicts: mode and training, or what was compared; and why some were not made."""
+    parts, why = [], tests["note"].where(tests["verdict"] == NOT_TESTED, "")
+    for (verdict, note), rows in tests.groupby(["verdict", why], sort=False):
         several = rows["mode"].nunique() > 1 or rows["training"].nunique() > 1
         names = rows["mode"] + " " + rows["training"] if several and rows["mode"].all() else rows["comparison"]
-        parts.append(f"{verdict}: {'; '.join(names)}")
+        parts.append(f"{verdict}: {'; '.join(names)}" + (f" ({note})" if note else ""))
     return ". ".join(parts)
 
 
 def answer(ledger: Ledger) -> str:
-    """The verdicts in two sentences (Markdown)."""
+    """The verdicts in two sentences (Markdown), and a third on claims of which only a part was tested."""
     claims = ledger.verdicts.groupby("verdict", sort=False)["claim"].agg(list)
     verdicts = "; ".join(f"**{verdict}**: {', '.join(map(str, numbers))}" for verdict, numbers in claims.items())
-    notes, queries = ledger.tests["note"], ledger.tests.loc[ledger.tests["counts"], "queries"].max()
+    notes, counting = ledger.tests["note"], ledger.tests[ledger.tests["counts"]]
     out = sorted(set(notes[notes.str.contains("undertrained")].str.split(":").str[0]))
     names = next(filter(None, ledger.verdicts["collections"]), "none")
     left = f"; undertrained, so in no verdict: {', '.join(out)}" if out else ""
+    made = counting[counting["claim"].isin(claims.get(NOT_TESTED, [])) & (counting["verdict"] != NOT_TESTED)]
+    parts = ", ".join(f"claim {claim} ({_where(own)})" for claim, own in made.groupby("claim"))
     return (
-        f"**Answer.** The paper's claims, by their numbers, are {verdicts}. The tests are on up to {queries} queries "
-        f"of the out-of-domain collections ({names}){left}."
+        f"**Answer.** The paper's claims, by their numbers, are {verdicts}. The tests are on up to "
+        f"{counting['queries'].max()} queries of the out-of-domain collections ({names}){left}."
+        + (f" Tested in part, which is no verdict: {parts}." if parts else "")
+        + (f" Not tested: {NO_TRAINING}." if (notes == NO_TRAINING).any() else "")
     )
 
 
@@ -357,7 +332,7 @@ def write_claims(ledger: Ledger, path: str | Path) -> None:
 
 
 def describe(ledger: Ledger, claim: int) -> str:
-    """A claim and its tests as a paragraph of Markdown."""
+    """A claim and what its verdict rests on, with what would decide each test that is not decided (Markdown)."""
     text, tests = ledger.verdicts.set_index("claim").loc[claim], ledger.tests[ledger.tests["claim"] == claim]
     head = f"**Claim {claim}: {text['verdict']}.** {text['statement']}"
     head += f" The paper's own: {text['paper']}." if text["paper"] else ""
@@ -368,23 +343,12 @@ def describe(ledger: Ledger, claim: int) -> str:
             f"{own['p_corrected'].max():.2g} within the claim and {own['p_all'].max():.2g} over all gains; with "
             f"collections resampled as well, {int((own['low_all'] > 0).sum())} of {len(own)} intervals lie above 0."
         )
-    lines = [f"- {_sentence(test)}" for test in tests[_telling(tests)].itertuples()]
-    return "\n".join([f"{head} *Not shown:* {text['not_shown']}\n", *lines])
-
-
-def _sentence(test: Any) -> str:
-    text = f"{test.id}{'' if test.counts else ' (shown)'}, {test.comparison}: "
-    if test.verdict == NOT_TESTED:
-        return f"{text}not tested; {test.note}."
-    sign = "" if test.statistic == RATIO else "+"
-    text += f"**{test.value:{sign}.3f}** [{test.low:{sign}.3f}, {test.high:{sign}.3f}]"
-    if not math.isnan(test.low_all):
-        text += f" (collections resampled too: [{test.low_all:{sign}.3f}, {test.high_all:{sign}.3f}])"
-    text += f", held against {test.direction} {test.bound:g}" if test.bound else ""
-    text += f", p = {test.p:.2g}" if not math.isnan(test.p) else ""
-    text += f" (Holm {test.p_corrected:.2g})" if not math.isnan(test.p_corrected) else ""
-    text += f", {test.queries} queries: {test.verdict}" if test.queries else f": {test.verdict}"
-    if test.verdict == INCONCLUSIVE and not math.isnan(test.detectable):
+    lines = [f"{head} *Tests:* {text['where'] or 'none'}. *Not shown:* {text['not_shown']}\n"]
+    open_ = tests[tests["counts"] & (tests["verdict"] == INCONCLUSIVE) & tests["detectable"].notna()]
+    for test in open_.itertuples():
         needed = f"about {test.needed_queries:,.0f}" if test.needed_queries < 1e5 else "more than 100,000"
-        text += f"; detectable at 80 % power: {test.detectable:.3f}; {needed} queries would decide it"
-    return f"{text}{f' ({test.note})' if test.note else ''}."
+        lines.append(
+            f"- {test.id}, {test.comparison}: {test.value:+.3f} was measured, {test.detectable:.3f} is detectable at "
+            f"80 % power; {needed} queries would decide it."
+        )
+    return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Comparisons of backbones, collections, numbers of masks and systems: tables of 01, 02 and 04.
 
-:func:`paired` is the one way in which a macro average is estimated and tested, here, for the oracle and in the claims.
+:func:`interval` is the one way in which a macro average is estimated, here, for the oracle and in the claims, and
+:func:`paired` the one in which it is tested.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,7 +18,7 @@ from scipy import stats
 
 from diffret_lib.data.collection import lexical_overlap
 from diffret_lib.experiments.study import Study, System, macro
-from diffret_lib.retrieval.metrics import METRIC, Values, holm, macro_average, macro_randomization_p
+from diffret_lib.retrieval.metrics import METRIC, holm, macro_average, macro_randomization_p
 from diffret_lib.retrieval.search import MODES, SELECTION_MODE
 from diffret_lib.retrieval.systems import BM25
 
@@ -85,14 +88,12 @@ def held_out_best(cells: np.ndarray, seed: int = 0, keep: int | None = None) -> 
     return found
 
 
-def held_out_losses(grid: pd.DataFrame, selected: tuple[int, int], seed: int = 0) -> dict[str, np.ndarray]:
-    """What the selected pair loses on each query against :func:`held_out_best`, by collection: float (queries,)."""
-    losses = {}
-    for collection, cells in grid_cells(grid).groupby("collection"):
-        values = cells.pivot(index="query_id", columns=PAIR, values="value")
-        place = values.columns.get_loc(selected)
-        losses[collection] = held_out_best(values.to_numpy(), seed, place) - values[selected].to_numpy()
-    return losses
+def held_out_losses(grid: pd.DataFrame, selected: tuple[int, int], seed: int = 0) -> pd.Series:
+    """What the selected pair loses against :func:`held_out_best`, indexed by collection and query."""
+    values = grid_cells(grid).pivot(index=QUERY, columns=PAIR, values="value")
+    place = values.columns.get_loc(selected)
+    best = [held_out_best(own.to_numpy(), seed, place) for _, own in values.groupby(level="collection")]
+    return np.concatenate(best) - values[selected]
 
 
 def transfer(
@@ -109,9 +110,9 @@ def transfer(
         means = cells.groupby(PAIR)["value"].mean()
         best = means.idxmax()
         loss, pair, queries = means[best] - means[selected], f"({best[0]}, {best[1]})", cells["query_id"].nunique()
-        held_out = paired({collection: losses[collection]}, resamples, seed)
-        interval = held_out["value"], held_out["low"], held_out["high"]
-        rows.append((collection, coverage, queries, means[selected], pair, means[best], loss, *interval, means[1, 1]))
+        held_out = interval(losses.loc[[collection]], resamples, seed)
+        held_out = held_out["value"], held_out["low"], held_out["high"]
+        rows.append((collection, coverage, queries, means[selected], pair, means[best], loss, *held_out, means[1, 1]))
     columns = "queries selected best_pair best loss held_out_loss low high single"
     return pd.DataFrame(rows, columns=[*names, *columns.split()])
 
@@ -119,14 +120,12 @@ def transfer(
 def per_query_best(grid: pd.DataFrame) -> pd.DataFrame:
     """Each query's best pair; ties go to the fewest vectors, then to the smallest Kq.
 
-    Columns collection, query_id, k_query, k_passage, value, ties (pairs of the best value), worst (the lowest value).
+    Columns collection, query_id, k_query, k_passage, value, ties (pairs of the best value).
     """
     cells = grid_cells(grid).assign(cost=lambda d: d["k_query"] * d["k_passage"], loss=lambda d: -d["value"])
-    ordered = cells.sort_values([*QUERY, "loss", "cost", "k_query"], kind="stable")
-    groups = ordered.groupby(QUERY, sort=False)
+    groups = cells.sort_values([*QUERY, "loss", "cost", "k_query"], kind="stable").groupby(QUERY, sort=False)
     best = groups.first()[[*PAIR, "value"]]
     best["ties"] = groups["value"].agg(lambda v: int(np.isclose(v, v.max()).sum()))
-    best["worst"] = groups["value"].min()
     return best.reset_index()
 
 
@@ -146,39 +145,63 @@ def evaluation_wide(table: pd.DataFrame, out_of_domain: Sequence[str], metric: s
     return wide.rename(columns=lambda c: c.removeprefix("pydocs/")).rename_axis(columns=None).reset_index()
 
 
-def paired(values: Values, resamples: int = RESAMPLES, seed: int = 0, bound: float = 0.0) -> dict[str, float]:
-    """Estimate the macro average of per-query values or paired differences, float (queries,) of each collection.
+def interval(values: pd.Series, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, float]:
+    """Estimate the macro average of per-query values or paired differences, indexed by collection and query.
 
-    Returns value; low, high (95 % percentile bootstrap interval: queries are resampled within the given collections);
-    low_all, high_all (collections are resampled as well); p (two-sided, signs flipped by query, that the average is 0);
-    detectable (the smallest distance from ``bound`` that a two-sided test at 5 % finds with 80 % power: 2.8 standard
-    errors); needed_queries (how many, in the same proportions, would find the distance that was measured); queries and
-    collections.  An interval that cannot be had (one query in a collection; one collection) is nan.
+    Returns value and 95 % percentile bootstrap intervals: low, high (queries are resampled within the given
+    collections), low_all, high_all (collections are resampled as well).  An interval that cannot be had (one query in a
+    collection; one collection) is nan.  ValueError: there is nothing to average over, a value is no number, there are
+    fewer than two resamples, or the seed is negative.
     """
-    values = {name: np.asarray(values[name], float) for name in sorted(values)}
-    value, counts = macro_average(values), list(map(len, values.values()))
-    found = dict.fromkeys(("low", "high", "low_all", "high_all", "p", "detectable", "needed_queries"), math.nan)
-    found = {"value": value} | found | {"queries": sum(counts), "collections": len(counts)}
-    if math.isnan(value) or min(counts) < 2:
+    for name, given, least in (("resamples", resamples, 2), ("seed", seed, 0)):
+        if not isinstance(given, int | np.integer) or given < least:
+            raise ValueError(f"{name} must be a whole number of {least} or more, not {given!r}")
+    parts = _parts(values)
+    found = dict.fromkeys(("value", "low", "high", "low_all", "high_all"), math.nan) | {"value": macro_average(parts)}
+    if math.isnan(found["value"]) or min(map(len, parts.values())) < 2:
         return found
     rng, places = np.random.default_rng(seed), np.arange(resamples)
-    means = np.array([_resampled(v, resamples, rng) for v in values.values()])  # [collections, resamples]
+    means = np.array([_resampled(v, resamples, rng) for v in parts.values()])  # [collections, resamples]
     found["low"], found["high"] = np.quantile(means.mean(0), [0.025, 0.975]).tolist()
     if len(means) > 1:
         # a collection that is drawn twice comes with two different resamples of its queries
         drawn = [means[rng.integers(0, len(means), resamples), rng.permutation(places)] for _ in means]
         found["low_all"], found["high_all"] = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975]).tolist()
-    error = math.sqrt(sum(v.var(ddof=1) / len(v) for v in values.values())) / len(values)
-    found["p"], found["detectable"] = macro_randomization_p(values, resamples, seed), POWER * error
-    if (distance := abs(value - bound)) > 1e-9:
-        found["needed_queries"] = float(math.ceil(sum(counts) * (POWER * error / distance) ** 2))
     return found
+
+
+def paired(values: pd.Series, resamples: int = RESAMPLES, seed: int = 0, bound: float = 0.0) -> dict[str, float]:
+    """Test the macro average of paired differences, indexed by collection and query.
+
+    Returns the numbers of :func:`interval`; p (two-sided, signs flipped by query, that the average is 0); detectable
+    (the smallest distance from ``bound`` that a two-sided test at 5 % finds with 80 % power: 2.8 standard errors);
+    needed_queries (how many, in the same proportions, would find the distance that was measured); queries and
+    collections.  What cannot be had is nan.
+    """
+    parts, found = _parts(values), interval(values, resamples, seed)
+    found |= dict.fromkeys(("p", "detectable", "needed_queries"), math.nan)
+    found |= {"queries": len(values), "collections": len(parts)}
+    if not math.isnan(found["low"]):
+        error = math.sqrt(sum(v.var(ddof=1) / len(v) for v in parts.values())) / len(parts)
+        found["p"], found["detectable"] = macro_randomization_p(parts, resamples, seed), POWER * error
+        if (distance := abs(found["value"] - bound)) > 1e-9:
+            found["needed_queries"] = float(math.ceil(len(values) * (POWER * error / distance) ** 2))
+    return found
+
+
+def _parts(values: pd.Series) -> dict[str, np.ndarray]:
+    return {name: part.to_numpy(float) for name, part in values.groupby(level="collection")}
 
 
 def _resampled(values: np.ndarray, resamples: int, rng: np.random.Generator, block: int = 500) -> np.ndarray:
     """Means of resamples of the values, drawn with replacement."""
     sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
     return np.concatenate([values[rng.integers(0, len(values), (size, len(values)))].mean(1) for size in sizes])
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A saved table as it was; a query may be called "001" or "null"."""
+    return pd.read_csv(path, dtype={"query_id": str}, keep_default_na=False, na_values=[""])
 
 
 def by_system(per_query: pd.DataFrame, collections: Sequence[str]) -> Systems:
@@ -189,8 +212,8 @@ def by_system(per_query: pd.DataFrame, collections: Sequence[str]) -> Systems:
     return dict(list(cells.groupby(["name", "mode"])["value"]))
 
 
-def differences(systems: Systems, better: tuple[str, str], than: tuple[str, str]) -> dict[str, np.ndarray]:
-    """Paired differences of two systems, each a name and a mode: collection to float (queries,).
+def differences(systems: Systems, better: tuple[str, str], than: tuple[str, str]) -> pd.Series:
+    """Paired differences of two systems, each a name and a mode, indexed by collection and query.
 
     ValueError: one of them is not among the systems, or they are not of the same queries.
     """
@@ -200,19 +223,18 @@ def differences(systems: Systems, better: tuple[str, str], than: tuple[str, str]
     one, other = systems[better], systems[than]
     if not one.index.equals(other.index):
         raise ValueError(f"{better[0]} and {than[0]} ({than[1]}) were not evaluated on the same queries")
-    return {c: d.to_numpy() for c, d in (one - other).groupby(level="collection")}
+    return one - other
 
 
 def system_intervals(
     per_query: pd.DataFrame, collections: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
 ) -> pd.DataFrame:
-    """Macro averages; columns training, system, mode, value, low, high, low_all, high_all (see :func:`paired`)."""
-    keys, rows = ["training", "system", "mode"], []
+    """Macro averages; columns training, system, mode, and those of :func:`interval`."""
     cells = per_query[(per_query["metric"] == METRIC) & per_query["collection"].isin(list(collections))]
-    for key, own in cells.groupby(keys, sort=False):
-        found = paired({c: v["value"].to_numpy() for c, v in own.groupby("collection")}, resamples, seed)
-        rows.append(dict(zip(keys, key)) | found)
-    return pd.DataFrame(rows)[[*keys, "value", "low", "high", "low_all", "high_all"]]
+    keys = ["training", "system", "mode"]
+    groups = cells.set_index("collection").groupby(keys, sort=False)["value"]
+    rows = [dict(zip(keys, key)) | interval(own, resamples, seed) for key, own in groups]
+    return pd.DataFrame(rows)
 
 
 def undertrained(per_query: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, str]:
@@ -224,14 +246,13 @@ def undertrained(per_query: pd.DataFrame, resamples: int = RESAMPLES, seed: int 
     systems, reasons = by_system(per_query, per_query["collection"].unique()), {}
     tuned = per_query.loc[per_query["training"] != "zero-shot", ["system", "training"]].drop_duplicates()
     for system, training in tuned.itertuples(index=False):
-        name, form = comparison_name(system, training), ZERO_SHOT_FORM.get(system, comparison_name(system, "zero-shot"))
+        name, form = comparison_name(system, training), ZERO_SHOT_FORM.get(system, system)
         modes = [mode for known, mode in systems if known == name and (form, mode) in systems]
-        gains = {mode: paired(differences(systems, (name, mode), (form, mode)), resamples, seed) for mode in modes}
-        if gains and not any(gain["low"] > 0 for gain in gains.values()):
-            mode = max(gains, key=lambda mode: gains[mode]["value"])
-            gain = gains[mode]
-            interval = f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
-            reasons[name] = f"undertrained: at best {interval} nDCG@10 over {form} ({mode})"
+        gains = [interval(differences(systems, (name, mode), (form, mode)), resamples, seed) for mode in modes]
+        if gains and not any(gain["low"] > 0 for gain in gains):
+            best, mode = max(zip(gains, modes), key=lambda gain: gain[0]["value"])
+            shown = f"{best['value']:+.3f} [{best['low']:+.3f}, {best['high']:+.3f}]"
+            reasons[name] = f"undertrained: at best {shown} nDCG@10 over {form} ({mode})"
     return reasons
 
 
@@ -240,32 +261,26 @@ def comparison_name(system: str, training: str) -> str:
     return system if training == "zero-shot" else f"{system}, {training}"
 
 
-#: The paired comparisons of the zero-shot study: (better by the paper's claims, than), both in the same mode.
+#: Paired comparisons of notebook 04: (better by the paper's claims, than), both in the same mode.
 COMPARISONS = (
     ("DiffRetriever single", "DiffEmbed", "dense"),
     *(("DiffRetriever multi", "DiffRetriever single", mode) for mode in MODES),
     *(("PromptReps multi", "PromptReps single", mode) for mode in MODES),
     *(("DiffRetriever single", "PromptReps single", mode) for mode in MODES),
     *(("DiffRetriever multi", "PromptReps multi", mode) for mode in MODES),
-    ("DiffEmbed", "Mean pooling", "dense"),
-)
-#: What fine-tuning adds to each system, and the same claims after it.
-FINE_TUNED_COMPARISONS = (
-    *(
-        (f"{system}, fine-tuned", system, mode)
-        for system in ("DiffRetriever single", "DiffRetriever multi", "PromptReps single", "PromptReps multi")
-        for mode in MODES
-    ),
-    ("DiffEmbed, fine-tuned", "DiffEmbed", "dense"),
-    *((f"{better}, fine-tuned", f"{than}, fine-tuned", mode) for better, than, mode in COMPARISONS[:-1]),
-    *(("DiffRetriever multi, fine-tuned", f"{than}, fine-tuned", "dense") for than in ("DiffEmbed", "RepLLaMA")),
 )
 
 
 def planned_comparisons(systems: Sequence[System]) -> list[Comparison]:
-    """The comparisons above of which both systems are among the given ones."""
+    """Those above, what fine-tuning adds to each system, and the same after it, where both systems are given."""
+    several = [f"{name} {form}" for name in ("DiffRetriever", "PromptReps") for form in ("single", "multi")]
+    added = [*product(several, MODES), ("DiffEmbed", "dense")]
+    after = [*COMPARISONS, *(("DiffRetriever multi", than, "dense") for than in ("DiffEmbed", "RepLLaMA"))]
+    planned = [*COMPARISONS, ("DiffEmbed", "Mean pooling", "dense")]
+    planned += [(f"{name}, fine-tuned", name, mode) for name, mode in added]
+    planned += [(f"{better}, fine-tuned", f"{than}, fine-tuned", mode) for better, than, mode in after]
     names = {comparison_name(s.name, s.training) for s in systems}
-    return [planned for planned in (*COMPARISONS, *FINE_TUNED_COMPARISONS) if names.issuperset(planned[:2])]
+    return [comparison for comparison in planned if names.issuperset(comparison[:2])]
 
 
 def seed_spread(study: Study, per_query: pd.DataFrame) -> pd.DataFrame:
@@ -278,8 +293,9 @@ def seed_spread(study: Study, per_query: pd.DataFrame) -> pd.DataFrame:
     frames += [study.evaluate(system, study.test_collections) for system in further]
     cells = pd.concat(frames, ignore_index=True)
     cells = cells[cells["system"].isin([s.name for s in further]) & cells["collection"].isin(study.out_of_domain)]
-    values = macro(cells[cells["metric"] == METRIC], ["system", "mode", "training"]).groupby(["system", "mode"])["value"]
-    return values.agg(seeds="count", mean="mean", standard_deviation="std", least="min", most="max").reset_index()
+    cells = macro(cells[cells["metric"] == METRIC], ["system", "mode", "training"])
+    spread = {"seeds": "count", "mean": "mean", "standard_deviation": "std", "least": "min", "most": "max"}
+    return cells.groupby(["system", "mode"])["value"].agg(**spread).reset_index()
 
 
 def compare_systems(

@@ -7,13 +7,12 @@ other, ours (which of the two is the default here), collection, system, mode, qu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
 
-from diffret_lib.data.collection import Collection
 from diffret_lib.experiments.study import CutBM25, Study, System, macro
 from diffret_lib.models.prompts import RetrievalPrompt
 from diffret_lib.retrieval.metrics import METRIC
@@ -23,17 +22,16 @@ from diffret_lib.retrieval.systems import BM25, DiffEmbed
 REFERENCE_LENGTH = 256
 COLUMNS = ["choice", "reference", "other", "ours", "collection", "system", "mode", "queries"]
 COLUMNS += ["ndcg_reference", "ndcg_other", "difference"]
-#: Name of a system to its retriever.
-Retrievers = Mapping[str, Any]
 
 
 def departures(study: Study) -> pd.DataFrame:
     """Each choice of reading and encoding, on the profile's ``departures`` sample of the training collection."""
     p, n = study.profile, study.profile.promptreps_vectors
     collection = study.sampled(p.train_collection, p.departures)
-    here, several = _retrievers(study), {"PromptReps multi": study.promptreps(n)}
-    prompted = {name: retriever for name, retriever in here.items() if name != "DiffEmbed"}
-    masked = {name: retriever for name, retriever in prompted.items() if name.startswith("DiffRetriever")}
+    pairs = {"DiffRetriever single": (1, 1), "DiffRetriever multi": study.selected}
+    masked = {name: study.diffretriever(*pair) for name, pair in pairs.items()}
+    prompted, several = masked | {"PromptReps single": study.promptreps()}, {"PromptReps multi": study.promptreps(n)}
+    here = prompted | {"DiffEmbed": study.retriever(DiffEmbed)}
     shifted = study.backbone("diffusion").spec.prediction_shift
     length = REFERENCE_LENGTH - prompt_tokens(study)
     choices = [
@@ -50,7 +48,12 @@ def departures(study: Study) -> pd.DataFrame:
         ("text of BM25", "whole", "what the others read", "reference",
          {"BM25": BM25()}, {"BM25": CutBM25(here["DiffRetriever single"])}),
     ]  # fmt: skip
-    return pd.concat([_rows(study, collection, *choice) for choice in choices], ignore_index=True)
+    frames = []
+    for *labels, reference, other in choices:
+        for name, retriever in reference.items():
+            sides = (study.evaluate(System(name, r), [collection]) for r in (retriever, other[name]))
+            frames.append(_compared(*sides, collection.name, labels, name))
+    return pd.concat(frames, ignore_index=True)
 
 
 def shared_text_table(study: Study) -> pd.DataFrame:
@@ -109,30 +112,12 @@ def departures_summary(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _retrievers(study: Study) -> Retrievers:
-    return {
-        "DiffRetriever single": study.diffretriever(1, 1), "DiffRetriever multi": study.diffretriever(*study.selected),
-        "PromptReps single": study.promptreps(), "DiffEmbed": study.retriever(DiffEmbed),
-    }  # fmt: skip
-
-
-def _changed(retrievers: Retrievers, **options: Any) -> Retrievers:
+def _changed(retrievers: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     return {name: retriever.on(**options) for name, retriever in retrievers.items()}
 
 
-def _rows(
-    study: Study, collection: Collection, choice: str, reference: str, other: str, ours: str,
-    as_reference: Retrievers, as_other: Retrievers,
-) -> pd.DataFrame:  # fmt: skip
-    labels, frames = (choice, reference, other, ours), []
-    for name, retriever in as_reference.items():
-        sides = (study.evaluate(System(name, r), [collection]) for r in (retriever, as_other[name]))
-        frames.append(_compared(*sides, collection.name, labels, name))
-    return pd.concat(frames, ignore_index=True)
-
-
 def _compared(
-    one: pd.DataFrame, other: pd.DataFrame, collection: str, labels: tuple[str, str, str, str], system: str
+    one: pd.DataFrame, other: pd.DataFrame, collection: str, labels: Sequence[str], system: str
 ) -> pd.DataFrame:
     """The rows of two sides' per-query values, one a mode that both have."""
     sides = [frame[frame["metric"] == METRIC] for frame in (one, other)]

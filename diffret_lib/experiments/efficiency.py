@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import faiss
@@ -17,13 +18,14 @@ import pandas as pd
 import psutil
 import torch
 from scipy import stats
+from sklearn.preprocessing import normalize
 from tqdm import trange
 
 from diffret_lib.addresses import address
 from diffret_lib.cache import remember
 from diffret_lib.environment import hardware
 from diffret_lib.experiments.study import SYSTEMS, Pair, Study, macro
-from diffret_lib.models.prompts import encode_plain
+from diffret_lib.models.prompts import SIDES, encode_plain
 from diffret_lib.retrieval.metrics import METRIC
 from diffret_lib.retrieval.representations import Representations
 from diffret_lib.retrieval.search import SELECTION_MODE, maxsim_search, sparse_search
@@ -40,6 +42,8 @@ ENCODING, SEARCH, END_TO_END = "encoding", "search", "end to end"
 SINGLE_FAISS, MAXSIM, SPARSE = "dense, single (faiss)", "MaxSim", "sparse"
 #: A system that is timed: name, decoding, and the pair of counts (Kq, Kp); N of PromptReps counts on both sides.
 Timed = tuple[str, str, Pair]
+#: Those with several vectors: name and decoding.
+MASKS, DECODED = ("DiffRetriever", ""), ("PromptReps", FORCED)
 
 
 def measured(study: Study, measure: Callable[..., pd.DataFrame], *arguments: Any) -> pd.DataFrame:
@@ -98,15 +102,7 @@ def long_texts(study: Study, tokens: int, count: int) -> list[str]:
     return texts
 
 
-def _used(study: Study, selected: Pair) -> list[Timed]:
-    """The systems with several vectors that the tables of the study hold, and the grid's largest number of masks."""
-    most, n = max(study.profile.k_grid), study.profile.promptreps_vectors
-    tuned = SYSTEMS["PromptReps multi"][1]["max_vectors"]
-    masks = [("DiffRetriever", "", pair) for pair in dict.fromkeys([tuple(selected), (most, most)])]
-    return [*masks, *(("PromptReps", how, (k, k)) for how, k in ((FORCED, tuned), (FORCED, n), (ANSWERED, n)))]
-
-
-def _systems(study: Study, timed: Collection[Timed], tokens: int) -> dict[Timed, Retriever]:
+def _retrievers(study: Study, timed: Collection[Timed], tokens: int) -> dict[Timed, Retriever]:
     """Retrievers that read ``tokens`` tokens of a text; those with one vector are always among them."""
     limits = {"max_query_tokens": tokens, "max_passage_tokens": tokens}
     kinds = {"DiffRetriever": DiffRetriever, "PromptReps": PromptReps, "DiffEmbed": DiffEmbed,
@@ -132,39 +128,36 @@ def latency(study: Study, selected: Pair) -> pd.DataFrame:
     interval, nan for fewer than six rounds), unit ("ms"), and ratio, ratio_low, ratio_high: to one vector, all else
     equal, within a round.
     """
-    p, rows, used = study.profile.efficiency, [], _used(study, selected)
-    shortest, device = min(p.text_tokens), study.backbone("diffusion").device
+    p, rows, device = study.profile.efficiency, [], study.backbone("diffusion").device
+    shortest, most, n = min(p.text_tokens), max(study.profile.k_grid), study.profile.promptreps_vectors
+    tuned = SYSTEMS["PromptReps multi"][1]["max_vectors"]
+    used = [("DiffRetriever", "", pair) for pair in dict.fromkeys([tuple(selected), (most, most)])]
+    used += [("PromptReps", how, (k, k)) for how, k in ((FORCED, tuned), (FORCED, n), (ANSWERED, n))]
     known = {(system, pair[0]) for system, _, pair in used}
-    more = [("DiffRetriever", "", (k, k)) for k in p.counts if k > 1 and ("DiffRetriever", k) not in known]
-    more += [("PromptReps", FORCED, (k, k)) for k in p.counts if k > 1 and ("PromptReps", k) not in known]
+    curves = [(*way, (k, k)) for way in (MASKS, DECODED) for k in p.counts if k > 1 and (way[0], k) not in known]
     for batch in sorted(p.batch_sizes):
-        systems, texts = _systems(study, [*used, *more], shortest), long_texts(study, shortest, batch)
-        calls = {key: partial(_encode, retriever, texts, "query") for key, retriever in systems.items()}
+        retrievers, texts = _retrievers(study, [*used, *curves], shortest), long_texts(study, shortest, batch)
+        calls = {key: partial(_encode, retriever, texts, "query") for key, retriever in retrievers.items()}
         # an index for each system that the study has; the others are curves of encoding alone
         searches, passages = _index(study, {pair for *_, pair in used} | {(1, 1)}, batch)
         times = interleaved(calls | searches, p.rounds, device, desc=f"{batch} queries at once")
-        for (system, decoding, pair), retriever in systems.items():
-            single = (system, "", (1, 1))
-            about = {"system": system, "decoding": decoding, "side": "query", "count": pair[0], "k_passage": pair[1],
-                     "used": (system, decoding, pair) not in more, "batch": batch, "text_tokens": shortest}  # fmt: skip
-            spent = {ENCODING: (times[system, decoding, pair], times[single])}
-            if about["used"]:
+        for timed, retriever in retrievers.items():
+            spent = {ENCODING: (times[timed], times[timed[0], "", (1, 1)])}
+            if timed not in curves:
                 sparse = times[SPARSE] if SELECTION_MODE in retriever.modes else 0.0
-                spent[SEARCH] = times[pair] + sparse, times[1, 1] + sparse
+                spent[SEARCH] = times[timed[2]] + sparse, times[1, 1] + sparse
                 spent[END_TO_END] = tuple(a + b for a, b in zip(spent[ENCODING], spent[SEARCH]))
-            for quantity, (own, one) in spent.items():
-                indexed = {"quantity": quantity, "passages": 0 if quantity == ENCODING else passages}
-                rows.append(indexed | about | _measured(own, one))
-    ways = ("DiffRetriever", ""), ("PromptReps", FORCED)
-    most = [max((timed for timed in used if timed[:2] == way), key=lambda timed: timed[2][1]) for way in ways]
+            for quantity, both in spent.items():
+                indexed = 0 if quantity == ENCODING else passages
+                rows.append(_row(quantity, timed, "query", timed not in curves, batch, shortest, indexed, *both))
+    most = [max((t for t in used if t[:2] == way), key=lambda t: t[2][1]) for way in (MASKS, DECODED)]
     for tokens in sorted(p.text_tokens):
-        systems, texts = _systems(study, most, tokens), long_texts(study, tokens, 1)
-        calls = {key: partial(_encode, retriever, texts, "passage") for key, retriever in systems.items()}
+        retrievers, texts = _retrievers(study, most, tokens), long_texts(study, tokens, 1)
+        calls = {key: partial(_encode, retriever, texts, "passage") for key, retriever in retrievers.items()}
         times = interleaved(calls, p.rounds, device, desc=f"a passage of {tokens} tokens")
-        for system, decoding, pair in systems:
-            about = {"quantity": ENCODING, "system": system, "decoding": decoding, "side": "passage", "count": pair[1],
-                     "k_passage": pair[1], "used": True, "batch": 1, "text_tokens": tokens, "passages": 0}  # fmt: skip
-            rows.append(about | _measured(times[system, decoding, pair], times[system, "", (1, 1)]))
+        for timed in retrievers:
+            both = times[timed], times[timed[0], "", (1, 1)]
+            rows.append(_row(ENCODING, timed, "passage", True, 1, tokens, 0, *both))
     return pd.DataFrame(rows)
 
 
@@ -172,11 +165,16 @@ def _encode(retriever: Retriever, texts: list[str], side: Any) -> object:
     return retriever.reader(retriever.features(texts, side))
 
 
-def _measured(own: np.ndarray, one: np.ndarray) -> dict[str, Any]:
-    """Median milliseconds and the median ratio to the times of one vector, each with its interval."""
-    ratio = median_interval(own / one)
-    named = dict(zip(("ratio", "ratio_low", "ratio_high"), ratio.values()))
-    return {"rounds": len(own)} | median_interval(own * 1000) | {"unit": "ms"} | named
+def _row(
+    quantity: str, timed: Timed, side: str, used: bool, batch: int, tokens: int, passages: int, own: np.ndarray,
+    one: np.ndarray,
+) -> dict[str, Any]:  # fmt: skip
+    """Median milliseconds, and the median ratio to the times of one vector, each with its interval."""
+    system, decoding, pair = timed
+    ratio = dict(zip(("ratio", "ratio_low", "ratio_high"), median_interval(own / one).values()))
+    return {"quantity": quantity, "passages": passages, "system": system, "decoding": decoding, "side": side,
+            "count": pair[SIDES.index(side)], "k_passage": pair[1], "used": used, "batch": batch, "text_tokens": tokens,
+            "rounds": len(own)} | median_interval(own * 1000) | {"unit": "ms"} | ratio  # fmt: skip
 
 
 def claim4_ratios(table: pd.DataFrame) -> pd.DataFrame:
@@ -186,33 +184,31 @@ def claim4_ratios(table: pd.DataFrame) -> pd.DataFrame:
     (K, or N with the prompt's own vector), batch, used, passages, rounds, value (median of the rounds' ratios), low,
     high (its 95 % interval) and unit ("times").
     """
-    rows = table[(table["side"] == "query") & (table["quantity"] != SEARCH) & (table["count"] > 1)].copy()
-    letter = rows["system"].map({"DiffRetriever": "K", "PromptReps": "N"})
-    decoding = rows["decoding"].map(lambda how: f", {how}" if how else "")
-    counts = letter + "=" + rows["count"].astype(str) + " / " + letter + "=1"
-    batch = ", batch " + rows["batch"].astype(str)
-    rows["comparison"] = rows["system"] + " " + counts + decoding + batch + ", " + rows["quantity"]
+    rows = table[(table["side"] == "query") & (table["quantity"] != SEARCH) & (table["count"] > 1)]
     rows = rows.assign(value=rows["ratio"], low=rows["ratio_low"], high=rows["ratio_high"], unit="times")
     rows = rows.sort_values(["quantity", "batch", "system", "count", "decoding"], kind="stable", ignore_index=True)
+    label = "{system} {letter}={count} / {letter}=1{how}, batch {batch}, {quantity}"
+    letters = {"DiffRetriever": "K", "PromptReps": "N"}
+    more = {"letter": rows["system"].map(letters), "how": rows["decoding"].map(lambda how: how and f", {how}")}
+    rows["comparison"] = [label.format(**row) for row in rows.assign(**more).to_dict("records")]
     columns = "comparison quantity system decoding count batch used passages rounds value low high unit"
     return rows[columns.split()]
 
 
 def in_words(ratios: pd.DataFrame) -> str:
     """Two sentences on :func:`claim4_ratios`: encoding one query, and end to end with the largest batch."""
-
-    def said(system: str, quantity: str, batch: int) -> str:
-        own = ratios[(ratios["system"] == system) & (ratios["quantity"] == quantity) & (ratios["batch"] == batch)]
-        r = own[own["used"] & (own["decoding"] != ANSWERED)].sort_values("count").iloc[-1]
-        interval = f" [{r['low']:.2f}, {r['high']:.2f}]" if r["low"] == r["low"] else ""
-        return f"{r['value']:.2f} times{interval} ({'K' if system == 'DiffRetriever' else 'N'} = {r['count']})"
-
-    one, many = ratios["batch"].min(), ratios["batch"].max()
-    masks, decoded = ([said(s, ENCODING, one), said(s, END_TO_END, many)] for s in ("DiffRetriever", "PromptReps"))
+    said, one, many = [], ratios["batch"].min(), ratios["batch"].max()
+    known = ratios[ratios["used"] & (ratios["decoding"] != ANSWERED)].sort_values("count")
+    for quantity, batch in ((ENCODING, one), (END_TO_END, many)):
+        for system, letter in (("DiffRetriever", "K"), ("PromptReps", "N")):
+            own = known[(known["system"] == system) & (known["quantity"] == quantity) & (known["batch"] == batch)]
+            r = own.iloc[-1]
+            interval = f" [{r['low']:.2f}, {r['high']:.2f}]" if r["low"] == r["low"] else ""
+            said.append(f"{r['value']:.2f} times{interval} ({letter} = {r['count']})")
     return (
-        f"Encoding one query costs the diffusion backbone {masks[0]} the time of one mask, and the "
-        f"autoregressive one {decoded[0]} the time of one vector. For {many} queries at once, with the search of "
-        f"{ratios['passages'].max():,} passages, these are {masks[1]} and {decoded[1]}."
+        f"Encoding one query costs the diffusion backbone {said[0]} the time of one mask, and the autoregressive one "
+        f"{said[1]} the time of one vector. For {many} queries at once, with the search of "
+        f"{ratios['passages'].max():,} passages, these are {said[2]} and {said[3]}."
     )
 
 
@@ -223,17 +219,16 @@ def search_latency(study: Study, selected: Pair) -> pd.DataFrame:
     rounds, value, low, high (as of :func:`latency`), unit ("ms") and note (why an index was left out).
     """
     rows, kinds = [], {(1, 1): SINGLE_FAISS, tuple(selected): MAXSIM, SPARSE: SPARSE}
-    for size in sorted(study.profile.efficiency.index_sizes):
-        for pair in ((1, 1), tuple(selected)):
-            asked = max(1, size // pair[1])
-            calls, n = _index(study, {pair}, 1, asked)
-            row = {"index": kinds[pair], "vectors": asked * pair[1], "passages": asked, "unit": "ms", "note": ""}
-            if n < asked:
-                rows.append(row | {"note": f"left out: {MEMORY_SHARE:.0%} of the free memory take {n:,} passages"})
-                continue
-            calls = {k: call for k, call in calls.items() if k != SPARSE or pair == (1, 1)}
-            times = interleaved(calls, study.profile.efficiency.rounds, torch.device("cpu"), desc="searching")
-            rows += [row | {"index": kinds[k], "rounds": len(t)} | median_interval(t * 1000) for k, t in times.items()]
+    for size, pair in product(sorted(study.profile.efficiency.index_sizes), ((1, 1), tuple(selected))):
+        asked = max(1, size // pair[1])
+        calls, n = _index(study, {pair}, 1, asked)
+        row = {"index": kinds[pair], "vectors": asked * pair[1], "passages": asked, "unit": "ms", "note": ""}
+        if n < asked:
+            rows.append(row | {"note": f"left out: {MEMORY_SHARE:.0%} of the free memory take {n:,} passages"})
+            continue
+        calls = {k: call for k, call in calls.items() if k != SPARSE or pair == (1, 1)}
+        times = interleaved(calls, study.profile.efficiency.rounds, torch.device("cpu"), desc="searching")
+        rows += [row | {"index": kinds[k], "rounds": len(t)} | median_interval(t * 1000) for k, t in times.items()]
     columns = "index vectors passages rounds value low high unit note"
     return pd.DataFrame(rows).reindex(columns=columns.split())
 
@@ -250,7 +245,8 @@ def _index(
     hidden, most = study.backbone("diffusion").model.config.hidden_size, max(kp for _, kp in pairs)
     n = passages or min(max(study.profile.efficiency.index_sizes) // most, INDEXED_PASSAGES)
     n = max(1, min(n, int(MEMORY_SHARE * psutil.virtual_memory().available / (4 * hidden * most))))
-    known, asked = _normal(rng, n * most, hidden), _normal(rng, batch * max(kq for kq, _ in pairs), hidden)
+    sizes = n * most, batch * max(kq for kq, _ in pairs)
+    known, asked = (normalize(rng.standard_normal((size, hidden), np.float32), copy=False) for size in sizes)
     calls: dict[Hashable, Callable[[], object]] = {}
     for kq, kp in pairs:
         if kq == kp == 1:
@@ -262,16 +258,11 @@ def _index(
             sides = (Representations(a, np.full(len(a), a.shape[1])) for a in arrays)
             calls[kq, kp] = partial(maxsim_search, *sides, 100)
     retriever = study.diffretriever(1, 1)
-    sides = [study.encode(retriever, collection, side).sparse for side in ("query", "passage")]
+    sides = [study.encode(retriever, collection, side).sparse for side in SIDES]
     rows = [side[rng.integers(0, side.shape[0], size)] for side, size in zip(sides, (batch, n))]
     sparse = (Representations(None, np.zeros(m.shape[0], int), m) for m in rows)
     calls[SPARSE] = partial(sparse_search, *sparse, 100)
     return calls, n
-
-
-def _normal(rng: np.random.Generator, n: int, hidden: int) -> np.ndarray:
-    vectors = rng.standard_normal((n, hidden), dtype=np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def effectiveness_latency(
@@ -287,15 +278,14 @@ def effectiveness_latency(
     cells = effectiveness[(effectiveness["metric"] == METRIC) & effectiveness["collection"].isin(out_of_domain)]
     values = macro(cells, ["training", "system", "mode", "k_query", "k_passage"]).fillna({"k_query": 1, "k_passage": 1})
     values = values[values["mode"].isin([SELECTION_MODE, "dense"])].sort_values("mode", ascending=False, kind="stable")
+    values = values.drop_duplicates(["training", "system"]).sort_index().rename(columns={"value": "ndcg"})
+    several, tuned = values["system"] == "PromptReps multi", values["training"] != "zero-shot"
+    values["decoding"] = np.select([several & tuned, several], [FORCED, ANSWERED], "")
+    values["name"] = values["system"].str.replace(r" (single|multi)$", "", regex=True)
     timed = table[(table["side"] == "query") & table["used"] & (table["batch"] == table["batch"].min())]
-    keys = ["system", "decoding", "count", "k_passage", "quantity"]
-    ms, passages, rows = timed.set_index(keys)["value"].to_dict(), timed["passages"].max(), []
-    for row in values.drop_duplicates(["training", "system"]).sort_index().itertuples():
-        several = row.system == "PromptReps multi"
-        decoding = (ANSWERED if row.training == "zero-shot" else FORCED) if several else ""
-        name = row.system.removesuffix(" single").removesuffix(" multi")
-        spent = [ms.get((name, decoding, row.k_query, row.k_passage, q)) for q in (ENCODING, SEARCH, END_TO_END)]
-        if None not in spent:
-            rows.append((row.training, row.system, row.mode, row.value, *spent, passages))
-    columns = "training system mode ndcg encoding_ms search_ms latency_ms passages"
-    return pd.DataFrame(rows, columns=columns.split())
+    timed = timed.rename(columns={"system": "name", "count": "k_query"})
+    keys = ["name", "decoding", "k_query", "k_passage"]
+    ms = timed.pivot(index=keys, columns="quantity", values="value")[[ENCODING, SEARCH, END_TO_END]].dropna()
+    ms.columns = ["encoding_ms", "search_ms", "latency_ms"]
+    found = values.merge(ms.reset_index(), on=keys).assign(passages=timed["passages"].max())
+    return found[["training", "system", "mode", "ndcg", *ms, "passages"]]

@@ -24,12 +24,18 @@ import pandas as pd
 from tqdm import tqdm
 
 from diffret_lib.data.collection import Collection
-from diffret_lib.experiments.comparison import PAIR, QUERY, RESAMPLES, held_out_best, paired
-from diffret_lib.experiments.study import Study
-from diffret_lib.retrieval.metrics import METRIC
+from diffret_lib.experiments.comparison import (
+    PAIR,
+    QUERY,
+    RESAMPLES,
+    by_system,
+    held_out_best,
+    interval,
+    paired,
+    read_table,
+)
+from diffret_lib.experiments.study import Pair, Study
 from diffret_lib.retrieval.search import SELECTION_MODE, rank
-
-Pair = tuple[int, int]
 
 
 def pair_distribution(best: pd.DataFrame, grid_values: Sequence[int]) -> pd.DataFrame:
@@ -46,11 +52,9 @@ def read_fine_tuned(path: Path, selected: Pair) -> pd.Series | None:
     """
     if not path.is_file():
         return None
-    rows = pd.read_csv(path, dtype={"query_id": str}, keep_default_na=False, na_values=[""])
-    rows = rows[(rows["training"] == "fine-tuned") & (rows["system"] == "DiffRetriever multi")]
-    rows = rows[(rows["mode"] == SELECTION_MODE) & (rows["metric"] == METRIC)]
+    rows = read_table(path)
     rows = rows[(rows["k_query"] == selected[0]) & (rows["k_passage"] == selected[1])]
-    return rows.set_index(QUERY)["value"] if len(rows) else None
+    return by_system(rows, rows["collection"].unique()).get(("DiffRetriever multi, fine-tuned", SELECTION_MODE))
 
 
 class QueryScores(NamedTuple):
@@ -67,15 +71,15 @@ class QueryScores(NamedTuple):
     missing: Sequence[float] = ()
 
 
-class GridScores(NamedTuple):
-    """Scores of one collection's queries (sorted by their ids) under every pair of the grid."""
-
-    pairs: list[Pair]
-    queries: list[QueryScores]
+#: By collection: nDCG@10 of the grid (a row a query, a column a pair), and of its twins (float32 [draws, Q, M]).
+Twins = Mapping[str, tuple[pd.DataFrame, np.ndarray]]
 
 
-def grid_scores(study: Study, collection: Collection) -> GridScores:
-    """Search a collection with every pair of the profile's grid, hybrid; encodings come from the cache."""
+def grid_scores(study: Study, collection: Collection) -> list[QueryScores]:
+    """Search a collection with every pair of the profile's grid, hybrid; encodings come from the cache.
+
+    Queries are sorted by their ids, pairs as :data:`itertools.product` has them.
+    """
     queries, passages = (study.sides(collection, side) for side in ("query", "passage"))
     pairs = list(product(study.profile.k_grid, repeat=2))
     options = SELECTION_MODE, study.profile.top_k, collection.excluded
@@ -95,7 +99,7 @@ def grid_scores(study: Study, collection: Collection) -> GridScores:
         scores = _standardised(np.where(np.isnan(scores), least, scores))
         missing = [float(judged[p]) for p in collection.missing if judged.get(p, 0) > 0]
         out.append(QueryScores(query, scores, relevance[union], missing))
-    return GridScores(pairs, out)
+    return out
 
 
 def _standardised(scores: np.ndarray) -> np.ndarray:
@@ -118,32 +122,22 @@ def ndcg(scores: np.ndarray, relevance: np.ndarray, depth: int = 10, missing: Se
     return gain / max((best / np.log2(np.arange(len(best)) + 2)).sum(), 1e-12)
 
 
-class Twins(NamedTuple):
-    """nDCG@10 of the grid (``observed``, float [Q, M]) and of its twins (``drawn``, [draws, Q, M]), by collection.
-
-    ``queries`` has the ids of the Q queries; ``pairs`` are the M pairs.
-    """
-
-    pairs: list[Pair]
-    queries: dict[str, list[str]]
-    observed: dict[str, np.ndarray]
-    drawn: dict[str, np.ndarray]
-
-
-def random_twins(scores: Mapping[str, GridScores], *, draws: int = 499, stratum: int = 10, seed: int = 0) -> Twins:
+def random_twins(
+    scores: Mapping[str, list[QueryScores]], k_grid: Sequence[int], draws: int = 499, stratum: int = 10, seed: int = 0
+) -> Twins:
     """Draw twins of each collection's grid: the consensus, with the pairs' departures from it permuted.
 
-    The smallest p-value is 1 / (draws + 1).  Departures move among ``stratum`` consecutive ranks of the consensus: in
-    small strata many keep their place (1 in ``stratum``), which is conservative; large ones mix unlike passages.
+    ``scores`` are of :func:`grid_scores`, ``k_grid`` the numbers of masks.  The smallest p-value is 1 / (draws + 1).
+    Departures move among ``stratum`` consecutive ranks of the consensus: in small strata many keep their place (1 in
+    ``stratum``), which is conservative; large ones mix unlike passages.
     """
-    rng = np.random.default_rng(seed)
-    twins = Twins(next(iter(scores.values())).pairs, {}, {}, {})
-    for collection, grid in scores.items():
-        twins.queries[collection] = [q.query_id for q in grid.queries]
-        twins.observed[collection] = np.stack([ndcg(q.scores, q.relevance, missing=q.missing) for q in grid.queries])
-        twins.drawn[collection] = np.empty((draws, *twins.observed[collection].shape), np.float32)
-        for i, query in enumerate(tqdm(grid.queries, desc=f"{collection}: random twins", unit="query")):
-            twins.drawn[collection][:, i] = _twin_values(query, draws, stratum, rng)
+    rng, twins = np.random.default_rng(seed), {}
+    pairs = pd.MultiIndex.from_product([k_grid, k_grid], names=PAIR)
+    for collection, queries in scores.items():
+        observed = np.stack([ndcg(q.scores, q.relevance, missing=q.missing) for q in queries])
+        bar = tqdm(queries, desc=f"{collection}: random twins", unit="query")
+        drawn = np.stack([_twin_values(query, draws, stratum, rng).astype(np.float32) for query in bar], axis=1)
+        twins[collection] = pd.DataFrame(observed, [q.query_id for q in queries], pairs), drawn
     return twins
 
 
@@ -172,10 +166,10 @@ def oracle_queries(twins: Twins, selected: Pair, *, seed: int = 0, fine_tuned: p
     draws), chance_kq (the latter where the oracle chooses Kq alone) and tied (whether all pairs are equally good).
     ValueError: fine-tuned values of other queries.
     """
-    place, same_kp = twins.pairs.index(selected), [i for i, pair in enumerate(twins.pairs) if pair[1] == selected[1]]
     frames = []
-    for collection, values in twins.observed.items():
-        drawn = twins.drawn[collection]
+    for collection, (grid, drawn) in twins.items():
+        values, place = grid.to_numpy(), grid.columns.get_loc(selected)
+        same_kp = grid.columns.get_level_values(1) == selected[1]
         best, own = drawn.max(-1), drawn[..., place]
         columns = {
             "oracle": values.max(1), "best_fixed": held_out_best(values, seed), "selected": values[:, place],
@@ -184,15 +178,13 @@ def oracle_queries(twins: Twins, selected: Pair, *, seed: int = 0, fine_tuned: p
             "chance_kq": (drawn[..., same_kp].max(-1) - own).mean(0, dtype=float),
             "tied": np.isclose(values, values[:, :1]).all(1),
         }  # fmt: skip
-        frames.append(pd.DataFrame({"collection": collection, "query_id": twins.queries[collection], **columns}))
-    table = pd.concat(frames, ignore_index=True)
-    tuned = pd.Series(dtype=float) if fine_tuned is None else fine_tuned
-    table["fine_tuned"] = [tuned.get(key, np.nan) for key in zip(table["collection"], table["query_id"])]
-    for collection, rows in table.groupby("collection", sort=False):
-        known = {query for c, query in tuned.index if c == collection}
-        if known and known != set(rows["query_id"]):
+        frames.append(pd.DataFrame({"collection": collection, "query_id": grid.index, **columns}))
+    table = pd.concat(frames).set_index(QUERY)
+    tuned = pd.Series(dtype=float, index=table.index[:0]) if fine_tuned is None else fine_tuned
+    for collection, known in tuned.groupby(level=0):
+        if set(known.index) != set(table.loc[[collection]].index):
             raise ValueError(f"fine-tuned values on {collection} are not of the grid's queries: run notebook 04 again")
-    return table
+    return table.assign(fine_tuned=tuned.reindex(table.index)).reset_index()
 
 
 def oracle_table(queries: pd.DataFrame, *, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
@@ -202,15 +194,15 @@ def oracle_table(queries: pd.DataFrame, *, resamples: int = RESAMPLES, seed: int
     chance, beyond_chance (headroom less chance) and tied (share); selected, fine_tuned, best_fixed, oracle and
     beyond_chance have intervals.
     """
-    queries = queries.assign(headroom=queries["oracle"] - queries["best_fixed"])
+    queries = queries.assign(headroom=queries["oracle"] - queries["best_fixed"]).set_index(QUERY)
     queries["beyond_chance"] = queries["headroom"] - queries["chance"]
     rows = []
-    for collection, own in queries.groupby("collection", sort=False):
+    for collection, own in queries.groupby(level="collection", sort=False):
         row = {"collection": collection, "queries": len(own)}
         for name in "single selected fine_tuned best_fixed oracle headroom chance beyond_chance tied".split():
             row[name] = own[name].mean()
             if name in ("selected", "fine_tuned", "best_fixed", "oracle", "beyond_chance"):
-                found = paired({collection: own[name].to_numpy()}, resamples, seed)
+                found = interval(own[name], resamples, seed)
                 row |= {f"{name}_{end}": found[end] for end in ("low", "high")}
         rows.append(row)
     return pd.DataFrame(rows)
@@ -218,9 +210,9 @@ def oracle_table(queries: pd.DataFrame, *, resamples: int = RESAMPLES, seed: int
 
 def twin_levels(twins: Twins, collections: Sequence[str], seed: int = 0) -> tuple[np.ndarray, float]:
     """The oracle's macro headroom over the best fixed pair in each draw of twins (float [draws]), and in the grid."""
-    both = [(twins.drawn[c], twins.observed[c][None]) for c in collections]
-    rooms = [[(v.max(-1) - held_out_best(v, seed)).mean(-1) for v in side] for side in zip(*both, strict=True)]
-    return np.mean(rooms[0], axis=0), float(np.mean(rooms[1]))
+    both = [np.concatenate([[observed], drawn]) for observed, drawn in map(twins.get, collections)]
+    rooms = np.mean([(v.max(-1) - held_out_best(v, seed)).mean(-1) for v in both], axis=0)
+    return rooms[1:], float(rooms[0])
 
 
 def oracle_chance(
@@ -233,7 +225,7 @@ def oracle_chance(
     chance") and those of :func:`~diffret_lib.experiments.comparison.paired`.  p is two-sided; beyond chance over the
     best fixed pair it is that of the permutation test, twice the smaller tail.
     """
-    queries, rows = queries[queries["collection"].isin(list(collections))], []
+    queries, rows = queries[queries["collection"].isin(list(collections))].set_index(QUERY), []
     parts = {"best fixed": ("best_fixed", "chance"), "selected": ("selected", "chance_selected"),
              "fine-tuning": ("fine_tuned", "chance_selected")}  # fmt: skip
     for reference, (column, chance) in parts.items():
@@ -242,9 +234,8 @@ def oracle_chance(
             continue
         values = {"headroom": headroom, "chance": queries[chance], "beyond chance": headroom - queries[chance]}
         for kind, of_kind in values.items():
-            by_collection = {c: v.to_numpy() for c, v in of_kind.groupby(queries["collection"])}
             about = {"method": "raw" if kind == "headroom" else "random twins", "reference": reference, "kind": kind}
-            rows.append(about | paired(by_collection, resamples, seed))
+            rows.append(about | paired(of_kind, resamples, seed))
     levels, observed = twin_levels(twins, collections, seed)
     tails = [np.sum(levels >= observed - 1e-9), np.sum(levels <= observed + 1e-9)]
     rows[2]["p"] = min(1.0, 2 * (1 + float(min(tails))) / (1 + len(levels)))

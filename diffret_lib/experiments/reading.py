@@ -14,9 +14,10 @@ from tqdm import tqdm
 from diffret_lib.addresses import address
 from diffret_lib.cache import remember
 from diffret_lib.data.collection import Collection
+from diffret_lib.experiments.oracle import ndcg
 from diffret_lib.experiments.study import Study, ranking
 from diffret_lib.models.prompts import ENGLISH_STOP_WORDS, SIDES, Side, content_words
-from diffret_lib.retrieval.metrics import METRIC, per_query
+from diffret_lib.retrieval.metrics import METRIC
 from diffret_lib.retrieval.representations import Representations
 from diffret_lib.retrieval.search import SELECTION_MODE, rank
 from diffret_lib.retrieval.systems import BM25, Retriever
@@ -55,12 +56,11 @@ def mask_words_table(study: Study, texts: Sequence[str]) -> tuple[pd.DataFrame, 
         "one mask": study.diffretriever(1, 1), "four masks": study.diffretriever(4, 4),
         "parent, next token": study.promptreps(), "parent, decoded": study.promptreps(5),
     }  # fmt: skip
-    words, shares = pd.DataFrame({"passage": [text[:60].replace("\n", " ") + " ..." for text in texts]}), []
-    for name, retriever in readings.items():
-        rows = predicted_tokens(retriever, texts)
-        words[name] = [" ".join(map(_printable, row)) for row in rows]
-        shares.append({"reading": name, **pd.DataFrame(map(share_of_content, rows, texts)).mean()})
-    return words, pd.DataFrame(shares)
+    tokens = {name: predicted_tokens(retriever, texts) for name, retriever in readings.items()}
+    words = {name: [" ".join(map(_printable, row)) for row in rows] for name, rows in tokens.items()}
+    passages = [text[:60].replace("\n", " ") + " ..." for text in texts]
+    means = {name: pd.DataFrame(map(share_of_content, rows, texts)).mean() for name, rows in tokens.items()}
+    return pd.DataFrame({"passage": passages} | words), pd.DataFrame(means).T.rename_axis("reading").reset_index()
 
 
 def reading_table(study: Study, texts: Sequence[str], side: Side) -> pd.DataFrame:
@@ -98,8 +98,11 @@ def mean_self_similarity(representations: Representations) -> float:
 
 def mask_words(retriever: Retriever, texts: Sequence[str], side: Side) -> list[list[str]]:
     """The greedy token at each position of each text, numbered from 1 ("1 heap"); a token of spaces alone is "␣"."""
-    rows = predicted_tokens(retriever, texts, side)
-    return [[f"{i} {_printable(token)}" for i, token in enumerate(row, 1)] for row in rows]
+    return [_numbered(row) for row in predicted_tokens(retriever, texts, side)]
+
+
+def _numbered(tokens: Sequence[str]) -> list[str]:
+    return [f"{i} {_printable(token)}" for i, token in enumerate(tokens, 1)]
 
 
 def _printable(token: str) -> str:
@@ -115,23 +118,30 @@ def alignment(retriever: Retriever, query: str, passage: str) -> pd.DataFrame:
     """
     vectors, names = [], []
     for side, text in zip(SIDES, (query, passage), strict=True):
-        encoded = retriever.encode([text], side, progress=False)
-        vectors.append(np.asarray(encoded.dense[0, : encoded.lengths[0]]))
-        names.append(pd.Index(mask_words(retriever, [text], side)[0], name=f"masks of the {side}"))
+        own, tokens = _positions(retriever, text, side)
+        vectors.append(own.float().cpu().numpy())
+        words = [retriever.reader.tokenizer.decode([i]) for i in tokens.tolist()]
+        names.append(pd.Index(_numbered(words), name=f"masks of the {side}"))
     return pd.DataFrame(vectors[0] @ vectors[1].T, *names)
 
 
+@torch.inference_mode()
 def top_tokens(retriever: Retriever, text: str, side: Side, count: int = 5) -> pd.DataFrame:
     """The best tokens of each position that counts: a row a position (from 1), columns "1" (the greedy one), "2" ..."""
-    reader = retriever.reader
-    with torch.inference_mode():
-        out = reader(retriever.features([text], side))
-        vectors = out["token_embeddings"][:, out["attention_mask"][0].bool()]
-        # the vectors are normalised, which changes no order of their logits
-        best = reader.logits(vectors.to(reader.model.dtype))[0].topk(count).indices
+    reader, (vectors, _) = retriever.reader, _positions(retriever, text, side)
+    # the vectors are normalised, which changes no order of their logits
+    best = reader.logits(vectors[None].to(reader.model.dtype))[0].topk(count).indices
     rows = [[_printable(reader.tokenizer.decode([i])) for i in row] for row in best.tolist()]
     index = pd.Index(range(1, 1 + len(rows)), name=f"position of the {side}")
     return pd.DataFrame(rows, index, [str(i) for i in range(1, 1 + count)])
+
+
+@torch.inference_mode()
+def _positions(retriever: Retriever, text: str, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised vectors [n, H] and greedy tokens [n] of the positions that count."""
+    out = retriever.reader(retriever.features([text], side))
+    counts = out["attention_mask"][0].bool()
+    return out["token_embeddings"][0, counts], out["predicted_ids"][0, counts]
 
 
 @dataclass
@@ -181,7 +191,7 @@ class Explorer:
         table = pd.DataFrame({"query": [texts[q] for q in sorted(c.qrels)]})
         for name, run in runs.items():
             table[f"{name}: ranks"] = [_ranks(c.qrels[q], list(run.get(q, {}))) for q in sorted(c.qrels)]
-            table[f"{name}: {METRIC}"] = per_query(c.qrels, run, (METRIC,))[METRIC]
+            table[f"{name}: {METRIC}"] = [_ndcg(c.qrels[q], list(run.get(q, {}))) for q in sorted(c.qrels)]
         behind = table[f"{self.system}: {METRIC}"] - table[f"BM25: {METRIC}"]
         return table.loc[behind.sort_values(kind="stable").index].reset_index(drop=True)
 
@@ -199,6 +209,12 @@ class Explorer:
         table = pd.DataFrame({"rank": range(1, 1 + len(kept)), "score": [score for score, _ in kept]})
         table["BM25"] = [str(lexical.get(place, "-")) for _, place in kept]
         return table.assign(passage_id=[c.passage_ids[place] for _, place in kept], words=words, text=texts)
+
+
+def _ndcg(grades: Mapping[str, int], ranked: list[str]) -> float:
+    """As ranx has it, which takes seconds to compile."""
+    missing = [grade for passage, grade in grades.items() if grade > 0 and passage not in ranked]
+    return float(ndcg(-np.arange(len(ranked)), np.array([grades.get(p, 0) for p in ranked]), missing=missing))
 
 
 def _ranks(grades: Mapping[str, int], ranked: list[str]) -> str:

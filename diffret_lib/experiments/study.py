@@ -19,12 +19,15 @@ from diffret_lib.cache import atomic_path, fetch, remember
 from diffret_lib.config import CHECKOUT, PYDOCS, Profile, ProfileError, Sample, slug
 from diffret_lib.data import load_collection
 from diffret_lib.data.collection import Collection
+from diffret_lib.data.protocols import metrics_of
 from diffret_lib.models.backbones import LoadedBackbone, adapter_sha, load_backbone, with_adapter
 from diffret_lib.models.prompts import SIDES, Side
+from diffret_lib.models.released import RELEASED, released_adapter
 from diffret_lib.retrieval.metrics import METRIC, Run, per_query, save_qrels, save_run
 from diffret_lib.retrieval.representations import Representations
 from diffret_lib.retrieval.search import RANK_MODES, SELECTION_MODE, rank, to_results
 from diffret_lib.retrieval.systems import BM25, DiffEmbed, DiffRetriever, MeanPooledAR, PromptReps, RepLLaMA, Retriever
+from diffret_lib.retrieval.workers import encode_shards
 from diffret_lib.training import contrastive
 from diffret_lib.training.negatives import mine_hard_negatives
 
@@ -89,8 +92,10 @@ class Study:
         """A sample of a collection, with the passages that BM25 ranks highest for its queries (``size.hard``)."""
         key = (name, size.queries, size.passages, size.hard)
         if key not in self._collections:
-            whole = load_collection(name)
-            hard = hard_passages(whole, size.hard) if size.hard and size.passages is not None else None
+            whole, hard = load_collection(name), None
+            if size.hard and size.passages is not None:
+                asked = whole if size.queries is None else whole.sample(size.queries, None, seed=self.profile.seed)
+                hard = hard_passages(asked, size.hard)
             self._collections[key] = whole.sample(*key[1:3], seed=self.profile.seed, hard=hard)
         return self._collections[key]
 
@@ -216,6 +221,16 @@ class Study:
         names = [name for name in self.fine_tuned if repetition < self.repetitions(name)]
         return [System(n, self.untrained(n), training, self.finetune(n, repetition).adapter) for n in names]
 
+    def released_systems(self) -> list[System]:
+        """DiffRetriever with the adapters that the authors released for the profile's diffusion backbone, or none."""
+        name, found = self.backbone("diffusion").spec.name, []
+        for adapter, about in RELEASED.items():
+            if about.backbone == name:
+                system = f"DiffRetriever {'single' if about.pair == (1, 1) else 'multi'}"
+                retriever, tuned = self.retriever(DiffRetriever, **about.options), released_adapter(adapter)
+                found.append(System(system, retriever, "fine-tuned by the authors", tuned))
+        return found
+
     def untrained(self, name: str, pair: Pair | None = None) -> Any:
         """A system of :data:`SYSTEMS` before its training; ``pair`` in place of the selected one."""
         kind, options = SYSTEMS[name]
@@ -225,13 +240,16 @@ class Study:
 
     def encode(self, retriever: Any, collection: Collection, side: Side) -> Representations:
         """One side of a collection, from the cache or computed (and then kept)."""
+        if isinstance(retriever, Retriever):
+            encode_shards(retriever, texts_of(collection, side), side)
         return retriever.encode(texts_of(collection, side), side, cached=True)
 
     def sides(self, collection: Collection, side: Side) -> Sides:
         """One side of a collection for each number of masks of the grid, from one pass where the profile says so."""
         if self.profile.shared_text_grid:
-            shared = self.diffretriever(1, 1, shared_text=True)
-            return shared.encode_counts(texts_of(collection, side), side, self.profile.k_grid, cached=True)
+            shared, texts = self.diffretriever(1, 1, shared_text=True), texts_of(collection, side)
+            encode_shards(shared, texts, side, self.profile.k_grid)
+            return shared.encode_counts(texts, side, self.profile.k_grid, cached=True)
         return {k: self.encode(self.diffretriever(k, k), collection, side) for k in self.profile.k_grid}
 
     def address(self, retrievers: Sequence[Any], collection: Collection, *more: Any, code: Sequence[Any] = ()) -> str:
@@ -276,16 +294,20 @@ class Study:
     def _ranked(self, system: System, load: Callable[[], Any], collection: Collection) -> Path:
         """The cache's folder of a system's rankings of a collection (``<mode>.txt``) and their ``values.json``."""
 
+        metrics = metrics_of(collection.name)
+
         def make(folder: Path) -> None:
             values = {}
             for mode, run in self.runs(load(), collection).items():
-                values[mode] = {metric: scores.tolist() for metric, scores in per_query(collection.qrels, run).items()}
+                found = per_query(collection.qrels, run, metrics)
+                # a grade from which a passage counts ("mrr@10-l2") is the collection's own
+                values[mode] = {metric.partition("-l")[0]: scores.tolist() for metric, scores in found.items()}
                 save_run(run, folder / f"{mode}.txt", tag=slug(f"{system.name} {system.training} {mode}"))
             (folder / "values.json").write_text(json.dumps(values), encoding="utf-8")
 
         about = system.name, system.training, adapter_sha(system.adapter), modes_of(system.retriever)
         code = [per_query, save_run, with_adapter]
-        return fetch("rankings", self.address([system.retriever], collection, about, code=code), make)
+        return fetch("rankings", self.address([system.retriever], collection, about, metrics, code=code), make)
 
     def grid(self, collection: Collection) -> pd.DataFrame:
         """Per-query nDCG@10 of every pair (Kq, Kp) of the grid in every mode; kept in the cache.

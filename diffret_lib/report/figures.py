@@ -33,10 +33,12 @@ _INTERVAL: dict[str, Any] = {"estimator": "median", "errorbar": ("pi", 100)}
 _PAIR_AXES = {"xlabel": "vectors per passage, Kp", "ylabel": "vectors per query, Kq"}
 
 
-def _panels(n: int, height: float, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A figure of ``n`` panels of some height (inches), one below the other or in columns; and its axes."""
+def _panels(n: int, height: float | list[float], columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of ``n`` panels in columns, and its axes; the height of a panel (inches) is that of all, or a list."""
     rows = -(-n // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(WIDTH, rows * height + 0.5), squeeze=False, **options)
+    heights = height if isinstance(height, list) else [height] * rows
+    options |= {"figsize": (WIDTH, sum(heights) + 0.5), "height_ratios": heights, "squeeze": False}
+    fig, axes = plt.subplots(rows, columns, **options)
     for ax in axes.flat[n:]:
         ax.set_axis_off()
     return fig, axes.flat[:n]
@@ -45,6 +47,8 @@ def _panels(n: int, height: float, columns: int = 1, **options: Any) -> tuple[Fi
 def _legend(fig: Figure, ax: Axes, columns: int = 3) -> None:
     """Put the legend of a panel below the figure, whatever the panels have in common once, and nowhere else."""
     known = dict(zip(*ax.get_legend_handles_labels()[::-1]))
+    for heading in {"method", "form"} & set(known):  # a mark, or a colour, says which it is
+        del known[heading]
     for panel in fig.axes:
         if panel.get_legend():
             panel.get_legend().remove()
@@ -139,14 +143,13 @@ def effectiveness(table: pd.DataFrame) -> Figure:
     """
     panels = [table[table["training"] == training] for training in table["training"].unique()]
     heights = [0.42 * rows["system"].nunique() + 0.5 for rows in panels]
-    fig, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, sum(heights) + 0.6), height_ratios=heights, sharex=True,
-                             squeeze=False)  # fmt: skip
+    fig, axes = _panels(len(panels), heights, sharex=True)
     looks = {mode: look for mode, look in _MODES.items() if mode in set(table["mode"])}
-    for ax, rows in zip(axes[:, 0], panels):
+    for ax, rows in zip(axes, panels):
         rows = rows.assign(system=_wrapped(rows["system"], 22))
         _forest(ax, rows, "system", "mode", looks, dodge=0.5)
         ax.set(title=rows["training"].iloc[0], xlabel="macro nDCG@10, 95 % interval")
-    _legend(fig, axes[0, 0], 4)
+    _legend(fig, axes[0], 4)
     return fig
 
 
@@ -190,7 +193,8 @@ def oracle(table: pd.DataFrame) -> Figure:
     if "chance" in table and table["chance"].notna().any():
         reach = table["best_fixed"] + table["chance"]
         axes[0].plot(reach, range(len(table)), "|", color="black", markersize=16, label="best fixed + chance")
-    axes[0].set(xlabel="hybrid nDCG@10, 95 % interval" if "oracle_low" in table else "hybrid nDCG@10")
+    label = "hybrid nDCG@10, 95 % interval" if "oracle_low" in table else "hybrid nDCG@10"
+    axes[0].set(xlabel=label, ylim=(len(table) - 0.5, -0.5))
     _legend(fig, axes[0], 2)
     return fig
 
@@ -242,8 +246,8 @@ def claims_forest(tests: pd.DataFrame) -> Figure:
         if len(rows) > 1 and rows["systems"].nunique() == 1:  # they stand in the title, once
             panels[i] = rows.assign(label=rows["id"] + "  " + rows["training"] + ", " + rows["mode"])
     heights = [0.2 * rows["label"].str.count("\n").add(1.2).sum() + 0.45 for rows in panels]
-    fig, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, sum(heights) + 0.5), height_ratios=heights, squeeze=False)
-    for ax, rows in zip(axes[:, 0], panels):
+    fig, axes = _panels(len(panels), heights)
+    for ax, rows in zip(axes, panels):
         _forest(ax, rows, "label", "verdict", _VERDICTS, order=rows["label"], legend=False)
         bounds = rows[rows["bound"] != 0]
         ax.plot(bounds["bound"], bounds["label"], "|", markersize=12, color="0.2")
@@ -251,13 +255,14 @@ def claims_forest(tests: pd.DataFrame) -> Figure:
         title = f"claim {claim}: {statistic}" + f"\n{pair}" * (rows["systems"].nunique() == 1 < len(rows))
         ax.axvline(1 if statistic == RATIO else 0, color="0.4", linewidth=0.8)
         ax.tick_params("y", labelsize=7.5)
-        ax.set(xlabel="", ylim=(len(rows) - 0.5, -0.5))
+        ax.set(xlabel="", ylim=(max(len(rows), 1) - 0.5, -0.5))
         ax.set_title(title, loc="right", fontsize=8.5)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
         if statistic == RATIO:
             _log_ticks(ax)
     for name, (colour, marker) in (_VERDICTS | {"bound": ("0.2", "|")}).items():
-        axes[0, 0].plot([], [], marker, color=colour, label=name)
-    _legend(fig, axes[0, 0], 2)
+        axes[0].plot([], [], marker, color=colour, label=name)
+    _legend(fig, axes[0], 2)
     return fig
 
 

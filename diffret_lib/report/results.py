@@ -35,17 +35,16 @@ _TEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbac
          "’": "'", "/": r"/\allowbreak{}", "·": r"\textperiodcentered\allowbreak{}"}  # fmt: skip
 #: Rows of the longest table that is written for LaTeX, and characters of a line of its small print across a page.
 _TEX_ROWS, _TEX_WIDTH = 60, 130
-#: Passages that a collection must have more of for the metric to tell rankings of it apart.
-DEEP_METRICS = {"recall@100": 100, "success@10": 100}
 ALPHA = 0.05
 
 
 def telling_collections(metric: str, passages: Mapping[str, int]) -> list[str]:
     """Collections (name to number of passages) on which a metric tells rankings apart.
 
-    All of them; for :data:`DEEP_METRICS` those with more passages than the metric needs.
+    All of them; for recall, those with more passages than it looks at.
     """
-    return [name for name, n in passages.items() if n > DEEP_METRICS.get(metric, 0)]
+    least = int(metric.split("@")[1]) if metric.startswith("recall") else 0
+    return [name for name, n in passages.items() if n > least]
 
 
 def default_root() -> Path:
@@ -75,7 +74,7 @@ class Results:
     """
 
     def __init__(self, profile: str | Profile, root: str | os.PathLike[str] | None = None) -> None:
-        self.profile_name = profile.name if isinstance(profile, Profile) else str(profile)
+        self.profile_name = profile.name if isinstance(profile, Profile) else profile
         _check_name(self.profile_name, "profile")
         self.folder = (Path(root) if root else default_root()).resolve() / self.profile_name
         self.run_file = self.folder / "run.json"
@@ -243,18 +242,18 @@ def paper_against_ours(tests: pd.DataFrame) -> pd.DataFrame:
 
     ``tests`` has the columns claim, comparison, direction, statistic, bound, value, low, high, queries, counts and
     verdict.  Columns claim, comparison, paper (the direction, and the size where the paper gives one), ours (the
-    direction that the interval leaves), value, low, high, scale (of our value) and verdict.
+    direction that the interval leaves; empty where nothing was tested), value, low, high, scale (of our value) and
+    verdict.
     """
     rows = tests[tests["counts"].astype(bool)].reset_index(drop=True)
     said = {"greater": "better", "clear gain": "clear headroom", "no gain": "no reliable gain",
             "at most": "about the same", "about": "{:g} times"}  # fmt: skip
-    paper = [said[direction].format(bound) for direction, bound in zip(rows["direction"], rows["bound"])]
+    rows["paper"] = [said[direction].format(bound) for direction, bound in zip(rows["direction"], rows["bound"])]
     nothing = rows["direction"].eq("about") | rows["statistic"].str.startswith("ratio")
-    ours = np.select([rows["low"] > nothing, rows["high"] < nothing], ["more", "less"], "not clear")
-    queries = rows["queries"].map(lambda n: f", {n:,} queries" if n else "")
-    scale = rows["statistic"] + queries
-    table = rows[["claim", "comparison"]].assign(paper=paper, ours=ours, **rows[["value", "low", "high"]], scale=scale)
-    return table.assign(verdict=rows["verdict"])
+    sides = [rows["value"].isna(), rows["low"] > nothing, rows["high"] < nothing]
+    rows["ours"] = np.select(sides, ["", "more", "less"], "not clear")
+    rows["scale"] = rows["statistic"] + rows["queries"].map(lambda n: f", {n:,} queries" if n else "")
+    return rows["claim comparison paper ours value low high scale verdict".split()]
 
 
 def p_value(p: float) -> str:
@@ -326,5 +325,5 @@ def _tex(text: str) -> str:
 
 
 def _check_name(name: str, what: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ValueError(f"{what} name {name!r}: allowed are letters, digits, '_', '-' and '.', no folder")

@@ -6,10 +6,12 @@ per-query values are in the order of the sorted query ids of the qrels, so that 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import ranx
@@ -17,7 +19,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from diffret_lib.cache import write_text
-from diffret_lib.data.checks import identifier, numbers_by_id, strings
+from diffret_lib.data.checks import identifier, numbered_lines, numbers_by_id, strings, whole_number
 
 #: The metric by which pairs are selected and claims are judged.
 METRIC = "ndcg@10"
@@ -65,7 +67,8 @@ def per_query(qrels: Qrels | ranx.Qrels, run: Run | ranx.Run, metrics: Sequence[
 
 
 def make_run(results: Run, name: str | None = None) -> ranx.Run:
-    """Results as a :class:`ranx.Run`, without the queries that have none."""
+    """Results as a :class:`ranx.Run`, without the queries that have none; a ValueError as of :func:`per_query`."""
+    numbers_by_id("run", results)
     run, rows = ranx.Run(name=name), {query: row for query, row in results.items() if row}
     if rows:  # in this way the compiled code is the same for ids of any length
         run.add_multi(list(rows), [list(row) for row in rows.values()], [list(row.values()) for row in rows.values()])
@@ -73,9 +76,14 @@ def make_run(results: Run, name: str | None = None) -> ranx.Run:
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-    """Holm's step-down correction of a family of p-values; nan stays nan and is not of the family."""
+    """Holm's step-down correction of a family of p-values; nan stays nan and is not of the family.
+
+    ValueError: a value that is no number from 0 to 1.
+    """
     corrected = np.array(p_values, float)
     known = ~np.isnan(corrected)
+    if ((corrected[known] < 0) | (corrected[known] > 1)).any():
+        raise ValueError(f"p-values must be from 0 to 1, not {p_values}")
     if known.any():
         corrected[known] = multipletests(corrected[known], method="holm")[1]
     return corrected
@@ -92,9 +100,12 @@ def macro_randomization_p(differences: Values, resamples: int = 9999, seed: int 
     """Two-sided p-value of Fisher's randomisation test that the macro average of paired differences is 0.
 
     The signs of the per-query differences (float (n_queries,) of each collection) are flipped in all collections at
-    once, all 2^n ways where these are no more than ``resamples``.  1 where no query differs.
+    once, all 2^n ways where these are no more than ``resamples``.  1 where no query differs.  ValueError: no
+    differences, some that are not finite, ``resamples`` or a ``seed`` that is no whole number of at least 1 or 0.
     """
-    macro_average(differences)  # checks
+    whole_number("resamples", resamples), whole_number("seed", seed, 0)
+    if not math.isfinite(macro_average(differences)):
+        raise ValueError("the differences must be finite numbers")
     # each value with the weight that it has in the average: its sum is then the macro average
     parts = [np.asarray(v, float) / (len(v) * len(differences)) for v in differences.values()]
     weighted = np.concatenate(parts)
@@ -118,6 +129,29 @@ def save_run(run: Run, path: str | os.PathLike[str], tag: str = "run") -> None:
         for rank, passage in enumerate(sorted(ranked, key=ranked.get, reverse=True), 1):
             rows.append((query, "Q0", passage, str(rank), repr(float(ranked[passage])), tag))
     _write_columns(path, rows)
+
+
+def load_run(path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+    """Read a run of TREC's format (also as ``.gz``), as :func:`save_run` writes it: passages in the order of the lines.
+
+    ValueError, naming file and line: text that is not UTF-8, not six columns, a score that is no finite number, an id
+    that :func:`save_run` would refuse, a passage that a query has twice.
+    """
+    run: dict[str, dict[str, float]] = {}
+    for number, line in numbered_lines(Path(path)):
+        try:
+            if len(cells := line.split()) != 6:
+                raise ValueError(f"query, Q0, passage, rank, score and tag are needed, got {line!r}")
+            query, _, passage, _, score, _ = cells
+            ranked = run.setdefault(identifier(query), {})
+            if identifier(passage) in ranked:
+                raise ValueError(f"query {query!r} has passage {passage!r} twice")
+            ranked[passage] = float(score)
+            if not math.isfinite(ranked[passage]):
+                raise ValueError(f"the score must be a finite number, got {score!r}")
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+    return run
 
 
 def save_qrels(judgements: Qrels, path: str | os.PathLike[str]) -> None:

@@ -5,16 +5,20 @@ Memory is bounded by a block of passages.  Ties are broken the same way everywhe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 
 from diffret_lib.data.checks import strings, whole_number
 from diffret_lib.retrieval.representations import Representations
 
-#: Scores of one block: query vectors times passage vectors, or queries times passages.
-BLOCK = 1 << 24
+#: Passages that are scored at a time, as many as a shard of the cache has.
+PASSAGES = 1024
+#: Query vectors in one matrix product, and dot products at a time for each thread: they stay in a core's cache.
+QUERY_VECTORS, BLOCK = 512, 1 << 18
 MODES = ("dense", "sparse", "hybrid")
 RANK_MODES = ("dense", "mean", "sparse", "hybrid")
 #: The mode in which pairs (Kq, Kp) are selected and negatives are mined.
@@ -22,49 +26,62 @@ SELECTION_MODE = "hybrid"
 
 #: Scores, float (n_queries, k), descending in each row; indices of passages, int64 of the same shape, -1 for none.
 Ranking = tuple[np.ndarray, np.ndarray]
-_Best = tuple[torch.Tensor, torch.Tensor]
+#: Queries, passages and scores of what was found: arrays of one length.
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]
+Score = Callable[[Representations], torch.Tensor]
 
 
-def maxsim_search(queries: Representations, passages: Representations, top_k: int) -> Ranking:
+def maxsim_search(
+    queries: Representations, passages: Representations, top_k: int, excluded: np.ndarray | None = None
+) -> Ranking:
     """Find the best passages by MaxSim: the sum over query vectors of the largest dot product with a passage's vectors.
 
     Each largest dot product is clamped at 0 from below, as the paper's reference does.  So a text's missing
-    vectors, which are zero, change no score.  Scores are float32.  ValueError: a side has no dense vectors, their
-    sizes differ, or scores are not finite.
+    vectors, which are zero, change no score.  Scores are float32.  ``excluded`` is as for :func:`rank`.  ValueError: a
+    side has no dense vectors, their sizes differ, or scores are not finite.
     """
     _check(queries, passages, "dense")
-    kq, kp = queries.vectors, passages.vectors
-    vectors = torch.from_numpy(_filled(queries)).flatten(0, 1)
-
-    def top(rows: slice) -> _Best:
-        part = torch.from_numpy(_filled(passages, rows))
-        products = vectors @ part.flatten(0, 1).T  # [nq * Kq, rows * Kp]
-        best = products.view(len(vectors), len(part), kp).amax(2) if kp > 1 else products
-        return _top(best.clamp_(min=0).view(len(queries), kq, len(part)).sum(1), top_k, rows)
-
-    return _merge_blocks(top, len(queries), len(passages), top_k, len(vectors) * kp)
+    return _search(MaxSim(queries, passages.vectors), queries, passages, top_k, excluded)
 
 
-def single_search(queries: Representations, passages: Representations, top_k: int) -> Ranking:
+def single_search(
+    queries: Representations, passages: Representations, top_k: int, excluded: np.ndarray | None = None
+) -> Ranking:
     """Find the best passages by the dot product of the means of each side's vectors; else as :func:`maxsim_search`."""
     _check(queries, passages, "dense")
-    vectors = torch.from_numpy(mean_vectors(queries))
-
-    def top(rows: slice) -> _Best:
-        return _top(vectors @ torch.from_numpy(mean_vectors(passages, rows)).T, top_k, rows)
-
-    size = max(len(queries), passages.vectors * vectors.shape[1])
-    return _merge_blocks(top, len(queries), len(passages), top_k, size)
+    return _search(partial(mean_scores, torch.from_numpy(mean_vectors(queries))), queries, passages, top_k, excluded)
 
 
-def sparse_search(queries: Representations, passages: Representations, top_k: int) -> Ranking:
+def sparse_search(
+    queries: Representations, passages: Representations, top_k: int, excluded: np.ndarray | None = None
+) -> Ranking:
     """Find the best passages by the dot product of the sparse weights, also those of score 0."""
     _check(queries, passages, "sparse")
+    only = Representations(None, passages.lengths, passages.sparse)
+    return _search(partial(sparse_scores, queries.sparse), queries, only, top_k, excluded)
 
-    def top(rows: slice) -> _Best:
-        return _top(torch.from_numpy((queries.sparse @ passages.sparse[rows].T).toarray()), top_k, rows)
 
-    return _merge_blocks(top, len(queries), len(passages), top_k, len(queries))
+def _search(
+    score: Score, queries: Representations, passages: Representations, top_k: int, excluded: np.ndarray | None
+) -> Ranking:
+    only = passages if passages.dense is None else Representations(passages.dense, passages.lengths)
+    return best_passages(score, shards_of(only), len(queries), len(passages), top_k, excluded)
+
+
+def best_passages(
+    score: Score, parts: Iterable[Representations], n_queries: int, n: int, top_k: int, excluded: np.ndarray | None
+) -> Ranking:
+    """The best of ``n`` passages that come in parts, by ``score(part)``: float32 (n_queries, passages of the part)."""
+    best, start = _Best(n_queries, whole_number("top_k", top_k), excluded), 0
+    for part in parts if n_queries else ():
+        best.add(score(part), start)
+        start += len(part)
+    return best.ranking(n if n_queries else 0)
+
+
+def shards_of(encoded: Representations, size: int = PASSAGES) -> Iterator[Representations]:
+    """Give representations in parts of ``size`` texts, as shards of an index are."""
+    return (encoded[start : start + size] for start in range(0, len(encoded) or 1, size))
 
 
 def mean_vectors(side: Representations, rows: slice = slice(None)) -> np.ndarray:
@@ -89,34 +106,104 @@ def _check(queries: Representations, passages: Representations, side: str) -> No
         raise ValueError(f"the widths of the {side} sides differ: queries {asked.shape} and passages {held.shape}")
 
 
-def _merge_blocks(top: Callable[[slice], _Best], n_queries: int, n: int, top_k: int, size: int) -> Ranking:
-    """Best of all passages from the best of each block; ``size`` is what a passage takes of :data:`BLOCK`."""
-    whole_number("top_k", top_k)
-    best = torch.empty(n_queries, 0), torch.empty(n_queries, 0, dtype=torch.int64)
-    block = max(1, BLOCK // max(1, size))
-    for start in range(0, n if n_queries else 0, block):
-        scores, indices = top(slice(start, min(start + block, n)))
-        # what is kept stands before the new, so that of equal scores the lower index stays
-        scores, indices = torch.cat([best[0], scores.float()], 1), torch.cat([best[1], indices + start], 1)
-        order = scores.argsort(dim=1, descending=True, stable=True)[:, :top_k]
-        best = scores.gather(1, order), indices.gather(1, order)
-    return best[0].numpy(), best[1].numpy()
+def sparse_scores(asked: sp.csr_matrix, part: Representations) -> torch.Tensor:
+    return torch.from_numpy((asked @ part.sparse.T).toarray())
 
 
-def _top(scores: torch.Tensor, top_k: int, rows: slice) -> _Best:
-    """The ``top_k`` columns of each row, by score and then by column."""
-    if not scores.isfinite().all():
-        raise ValueError(f"scores of the passages {rows.start}..{rows.stop} are not finite")
-    places = torch.arange(scores.shape[1]).expand(len(scores), -1)
-    if scores.shape[1] > 4 * top_k:
-        # a stable sort of all is slow, and torch.topk picks any of equal scores: of those at the threshold, the first
-        threshold = scores.topk(top_k, dim=1, sorted=False).values.amin(1, keepdim=True)
-        above, equal = scores > threshold, scores == threshold
-        kept = above | (equal & (equal.cumsum(1) <= top_k - above.sum(1, keepdim=True)))
-        places = kept.nonzero()[:, 1].view(len(scores), top_k)
-        scores = scores.gather(1, places)
-    order = scores.argsort(dim=1, descending=True, stable=True)[:, :top_k]
-    return scores.gather(1, order), places.gather(1, order)
+def mean_scores(asked: torch.Tensor, part: Representations) -> torch.Tensor:
+    return asked @ torch.from_numpy(mean_vectors(part)).T
+
+
+class MaxSim:
+    """Scores of passages for the same queries: float32 (n_queries, n), from blocks that stay in the processor's cache.
+
+    A block's products have passage vectors as rows and, as columns, vector 0 of each query, then vector 1, and so on: a
+    maximum over a passage's vectors, and a sum over a query's, then go through memory in its order.
+    """
+
+    def __init__(self, queries: Representations, vectors: int) -> None:
+        self.queries, self.k_query, self.k_passage = len(queries), queries.vectors, vectors
+        self.size, dense = max(1, QUERY_VECTORS // self.k_query), torch.from_numpy(_filled(queries))
+        self.columns = [own.transpose(0, 1).flatten(0, 1).T.contiguous() for own in dense.split(self.size)]
+        width = self.k_query * min(self.size, len(queries)) * vectors
+        block = max(1, BLOCK * torch.get_num_threads() // max(1, width))
+        self.block = min(1 << (block.bit_length() - 1), PASSAGES)  # a power of two: a whole number in a shard
+        # made once: memory for each block anew would cost as much as the maxima
+        self.products, self.best = torch.empty(self.block * width), torch.empty(self.block * width // max(1, vectors))
+        self.scores = torch.empty(0, len(queries))
+
+    def __call__(self, part: Representations) -> torch.Tensor:
+        """Scores of a part's passages, which the next call writes over."""
+        if len(part) > len(self.scores):
+            self.scores = torch.empty(len(part), self.queries)
+        vectors, scores = torch.from_numpy(_filled(part)), self.scores[: len(part)]
+        for columns, own in zip(self.columns, scores.split(self.size, 1), strict=True):
+            for rows, out in zip(vectors.split(self.block), own.split(self.block), strict=True):
+                n, width = len(rows), columns.shape[1]
+                products = self.products[: n * self.k_passage * width].view(n * self.k_passage, width)
+                best = self.best[: n * width].view(n, width)
+                torch.mm(rows.flatten(0, 1), columns, out=products)
+                torch.amax(products.view(n, self.k_passage, width), 1, out=best)
+                torch.sum(best.clamp_(min=0).view(n, self.k_query, out.shape[1]), 1, out=out)
+        return scores.T
+
+
+class _Best:
+    """The best passages of each query, from scores that come in the order of the passages."""
+
+    def __init__(self, n_queries: int, top_k: int, excluded: np.ndarray | None = None) -> None:
+        self.top_k, self.excluded, self.pending = top_k, excluded, 0
+        #: The score that a passage must exceed: of equal ones the earlier stays.
+        self.least = torch.full((n_queries, 1), -torch.inf)
+        self.found: list[Found] = []
+
+    def add(self, scores: torch.Tensor, start: int) -> None:
+        if not scores.numel():
+            return
+        end, most = start + scores.shape[1], scores.amax(1, keepdim=True)  # nan where one score is
+        if not (most.isfinite() & scores.amin(1, keepdim=True).isfinite()).all():
+            raise ValueError(f"scores of the passages {start}..{end} are not finite")
+        least = self.least
+        if start == 0 and end > self.top_k + 1:  # fewer to sort than all; one more for the excluded one
+            least = scores.topk(self.top_k + 1).values[:, -1:].nextafter(torch.tensor(-torch.inf))
+        (rows,) = (most > least)[:, 0].nonzero(as_tuple=True)  # in most blocks, of few queries
+        above = scores[rows] > least[rows]
+        if self.excluded is not None:
+            own = torch.from_numpy(self.excluded)[rows, None] - start
+            above &= torch.arange(scores.shape[1]) != own
+        row, place = above.nonzero(as_tuple=True)
+        query = rows[row]
+        self.found.append((query.numpy(), place.numpy() + start, scores[query, place].numpy()))
+        self.pending += len(query)
+        if self.pending > max(PASSAGES, self.top_k * len(self.least)):
+            self._keep()
+
+    def _keep(self) -> None:
+        *found, place = _ordered(tuple(map(np.concatenate, zip(*self.found, strict=True))), self.top_k)
+        self.found, self.pending, last = [tuple(found)], 0, place == self.top_k - 1
+        self.least[found[0][last], 0] = torch.from_numpy(found[2][last])
+
+    def ranking(self, n: int) -> Ranking:
+        return to_ranking(self.found, len(self.least), min(self.top_k, n))
+
+
+def _ordered(found: Found, top_k: int) -> tuple[np.ndarray, ...]:
+    """The ``top_k`` best of each query, by score and then by passage; and the place of each, from 0."""
+    query, passage, score = found
+    order = np.lexsort((passage, -score, query))
+    place = np.arange(len(order)) - np.searchsorted(query[order], query[order])
+    kept = order[place < top_k]
+    return query[kept], passage[kept], score[kept], place[place < top_k]
+
+
+def to_ranking(found: Sequence[Found], n_queries: int, top_k: int) -> Ranking:
+    """A ranking of what was found; where a query has fewer passages, the last score again, with the index -1."""
+    scores, indices = np.full((n_queries, top_k), np.inf, np.float32), np.full((n_queries, top_k), -1, np.int64)
+    if found:
+        query, passage, score, place = _ordered(tuple(map(np.concatenate, zip(*found, strict=True))), top_k)
+        scores[query, place], indices[query, place] = score, passage
+    scores = np.minimum.accumulate(scores, axis=1)
+    return np.where(np.isfinite(scores), scores, np.float32(0)), indices
 
 
 def hybrid_search(dense: Ranking, sparse: Ranking, top_k: int) -> Ranking:
@@ -174,21 +261,10 @@ def rank(
     if not len(queries) or not len(passages):
         return np.zeros((len(queries), 0)), np.zeros((len(queries), 0), np.int64)
 
-    def best(search: Callable[[Representations, Representations, int], Ranking]) -> Ranking:
-        if excluded is None:
-            return search(queries, passages, top_k)
-        scores, indices = search(queries, passages, top_k + 1)
-        order = np.argsort(indices == excluded[:, None], axis=1, kind="stable")  # the excluded one last
-        scores, indices = np.take_along_axis(scores, order, 1), np.take_along_axis(indices, order, 1)
-        left_out = indices[:, -1] == excluded
-        indices[left_out, -1] = -1
-        scores[left_out, -1] = scores[left_out, -2:][:, 0]  # the least of the others: a hybrid is normalised by it
-        return scores[:, :top_k], indices[:, :top_k]
-
     dense = single_search if mode == "mean" or queries.vectors == passages.vectors == 1 else maxsim_search
     if mode == "hybrid":
-        return hybrid_search(best(dense), best(sparse_search), top_k)
-    scores, indices = best(sparse_search if mode == "sparse" else dense)
+        return hybrid_search(*(search(queries, passages, top_k, excluded) for search in (dense, sparse_search)), top_k)
+    scores, indices = (sparse_search if mode == "sparse" else dense)(queries, passages, top_k, excluded)
     return scores, np.where(scores > 0, indices, -1) if mode == "sparse" else indices
 
 

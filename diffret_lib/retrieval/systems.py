@@ -24,6 +24,7 @@ from diffret_lib.data.checks import strings, whole_number
 from diffret_lib.models.backbones import Backbone, LoadedBackbone, get_backbone, load_backbone, with_adapter
 from diffret_lib.models.prompts import SIDES, Side
 from diffret_lib.models.readers import LastToken, MaskedPositions, MeanOfTokens, NextTokens, Reader, one_of
+from diffret_lib.retrieval.index import PassageIndex
 from diffret_lib.retrieval.metrics import make_run
 from diffret_lib.retrieval.representations import Origin, Representations
 from diffret_lib.retrieval.search import MODES, rank, to_results
@@ -50,34 +51,44 @@ class System:
         """Representations of passages; see :meth:`Retriever.encode`."""
         return self.encode(texts, "passage", **options)
 
+    def with_adapter(self, folder: str | os.PathLike[str]) -> Self:
+        """This system with a PEFT adapter; a ValueError where it has no model."""
+        raise ValueError(f"{self.name} has no model that {folder!r:.100} could adapt")
+
     def search(
-        self, queries: Representations, passages: Representations, mode: str | None = None, top_k: int = 100,
-        query_ids: Sequence[str] | None = None, passage_ids: Sequence[str] | None = None,
+        self, queries: Representations, passages: Representations | PassageIndex, mode: str | None = None,
+        top_k: int = 100, query_ids: Sequence[str] | None = None, passage_ids: Sequence[str] | None = None,
     ) -> ranx.Run:  # fmt: skip
         """Retrieve passages for each query; see :func:`diffret_lib.retrieval.search.rank`.
 
         ``mode`` is one of :attr:`modes`, by default hybrid or the only one.  Ids are by default ``"0"``, ``"1"``, ...
-        ValueError: a mode that the system does not have, representations or ids that do not fit.
+        TypeError: no representations.  ValueError: a mode that the system does not have, representations or ids that
+        do not fit.
         """
+        kinds = {"queries": Representations, "passages": Representations | PassageIndex}
+        for (name, kind), given in zip(kinds.items(), (queries, passages), strict=True):
+            if not isinstance(given, kind):
+                raise TypeError(f"{name} must be Representations, as encode_{name} makes them, not {given!r:.100}")
         mode = self.modes[-1] if mode is None else mode
         if mode not in self.modes:
             raise ValueError(f"{self.name} has the modes {', '.join(self.modes)}; not {mode!r}")
         query_ids = list(map(str, range(len(queries)))) if query_ids is None else query_ids
         passage_ids = list(map(str, range(len(passages)))) if passage_ids is None else passage_ids
-        strings("query_ids", query_ids)
         strings("passage_ids", passage_ids)
         if len(passage_ids) != len(passages):
             raise ValueError(f"{len(passage_ids)} passage ids for {len(passages)} passages")
-        return make_run(to_results(*rank(queries, passages, mode, top_k), query_ids, passage_ids), mode)
+        how = queries, mode, top_k
+        ranked = passages.search(*how) if isinstance(passages, PassageIndex) else rank(queries, passages, *how[1:])
+        return make_run(to_results(*ranked, query_ids, passage_ids), mode)
 
 
 def _checked(texts: Sequence[str], side: Side) -> list[str]:
     one_of("side", side, SIDES)
-    sequence = isinstance(texts, Iterable) and not isinstance(texts, str | bytes | Mapping | Set)
-    wrong = [text for text in texts if not isinstance(text, str)] if sequence else [texts]
-    if wrong:
+    several = isinstance(texts, Iterable) and not isinstance(texts, str | bytes | Mapping | Set)
+    listed = list(texts) if several else [texts]
+    if wrong := [text for text in listed if not (several and isinstance(text, str))]:
         raise TypeError(f"texts must be a sequence of strings; found {wrong[0]!r:.100}")
-    return list(texts)
+    return listed
 
 
 class Retriever(System):
@@ -136,8 +147,9 @@ class Retriever(System):
         """Address of this side's encodings, over the code and settings that decide them; search is not covered."""
         other = "passage" if side == "query" else "query"
         settings = {k: v for k, v in self.reader.get_config_dict().items() if other not in k}
-        backbone = self.backbone.fingerprint, self.backbone.device.type
-        return address([encode_shard, type(self.reader)], side, settings, self.batch_tokens, *backbone)
+        backbone, model = (self.backbone.fingerprint, self.backbone.device.type), type(self.backbone.model)
+        own = [model] if model.__module__.startswith("diffret_lib.") else []  # the others are in the versions
+        return address([encode_shard, type(self.reader), *own], side, settings, self.batch_tokens, *backbone)
 
     def encode(self, texts: Sequence[str], side: Side, cached: bool = False, progress: bool = True) -> Representations:
         """Dense vectors and sparse weights of texts; TypeError: ``texts`` is one str, or holds anything else than str.

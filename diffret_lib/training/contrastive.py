@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from peft import PeftModel
 from sentence_transformers import MultiVectorEncoderTrainer, MultiVectorEncoderTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.sampler import DefaultBatchSampler
+from sentence_transformers.util.distributed import get_rank, get_world_size
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import SequentialSampler
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
 from diffret_lib.addresses import address, fingerprint
 from diffret_lib.cache import atomic_path, fetch, work_folder, write_text
@@ -218,7 +221,7 @@ def finetune(
             data_collator=Columns(encoder[0]),
             train_dataset=rows.select(step_order(len(rows), recipe.steps * recipe.batch_size, recipe.seed)),
             evaluator=Measurement(retriever.on(trained), development),
-            callbacks=[EarlyStoppingCallback(recipe.patience), Checkpoints(CHECKPOINT_SECONDS), progress, *callbacks],
+            callbacks=[EarlyStoppingCallback(recipe.patience), RankCheckpoints(), progress, *callbacks],
         )  # fmt: skip
         trainer.base = backbone.weights
         adapter, state = train_to_end(trainer)
@@ -228,14 +231,52 @@ def finetune(
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         write_text(folder / "recipe.json", json.dumps(about | {"trainable_parameters": trainable}, indent=1) + "\n")
 
-    return FinetunedSystem.load(fetch("adapters", key, make))
+    return FinetunedSystem.load(_made_together(key, make))
+
+
+def _made_together(key: str, make: Callable[[Path], None]) -> Path:
+    """The cache's entry; the processes of torchrun make it together, and the first one keeps it."""
+    if get_world_size() == 1:
+        return fetch("adapters", key, make)
+    asked = [False]
+
+    def make_with_the_others(folder: Path) -> None:
+        asked[0] = True
+        dist.broadcast_object_list(asked)
+        make(folder)
+
+    if get_rank() == 0:
+        fetch("adapters", key, make_with_the_others)
+        if not asked[0]:
+            dist.broadcast_object_list(asked)
+    else:
+        dist.broadcast_object_list(asked)
+        with tempfile.TemporaryDirectory() as folder:
+            if asked[0]:
+                make(Path(folder))
+    dist.barrier()
+    return fetch("adapters", key, make)
+
+
+class RankCheckpoints(Checkpoints):
+    """Checkpoints after some time as well, in a training by one process; of several, the first one seals them."""
+
+    def __init__(self) -> None:
+        super().__init__(CHECKPOINT_SECONDS if get_world_size() == 1 else math.inf)
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            super().on_save(args, state, control, **kwargs)
 
 
 def _arguments(recipe: Recipe, work: Path, cuda: bool) -> MultiVectorEncoderTrainingArguments:
+    own, rest = divmod(recipe.batch_size, get_world_size())
+    if rest:
+        raise ValueError(f"batch_size {recipe.batch_size} must be a multiple of the {get_world_size()} processes")
     return MultiVectorEncoderTrainingArguments(
         output_dir=str(work), report_to="none", disable_tqdm=True, seed=recipe.seed, use_cpu=not cuda,
         dataloader_pin_memory=cuda, dataloader_num_workers=2 if cuda else 0,  # texts are tokenised while a step runs
-        max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size, optim="adamw_torch",
+        max_steps=recipe.steps, per_device_train_batch_size=own, optim="adamw_torch",
         learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", weight_decay=recipe.weight_decay,
         warmup_steps=math.ceil(recipe.warmup_ratio * recipe.steps), max_grad_norm=recipe.max_grad_norm,
         logging_steps=1, logging_nan_inf_filter=False,
@@ -293,7 +334,9 @@ class AdapterTrainer(AdapterCheckpoints, MultiVectorEncoderTrainer):
         self._start, self.args.eval_on_start = time.perf_counter(), not resume_from_checkpoint
         if resume_from_checkpoint:
             self._start -= read_state(Path(resume_from_checkpoint)).log_history[-1]["seconds"]
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        trained = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.accelerator.wait_for_everyone()  # until the first process has written the last checkpoint
+        return trained
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the loss's parts, and the seconds of this training, earlier calls included."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext, _create_minibatch
+from sentence_transformers.util.distributed import all_gather, all_gather_with_grad, get_rank, get_world_size
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -87,7 +88,8 @@ class JointInfoNCE(CachedLossMixin, nn.Module):
 
     with :func:`dense_scores` as s and sparse weights w; the second term only where the reader has a sparse side.
     The sums run over the query's positive, its hard negatives, and the other queries' positives and hard
-    negatives.  With ``false_negatives`` a passage that is relevant to the query, or has the text of one that is,
+    negatives, also those of other processes: several with a part of the batch each have the gradient of one that has
+    all of it.  With ``false_negatives`` a passage that is relevant to the query, or has the text of one that is,
     counts in neither.
 
     sentence-transformers' ``CachedMultiVectorMultipleNegativesRankingLoss`` caches the gradients of one tensor and
@@ -148,6 +150,14 @@ class JointInfoNCE(CachedLossMixin, nn.Module):
             random_state = RandContext(*tensors) if copy_random_state else None
             return self.embed(part), random_state
 
+    def gathered(self, rows: Tensor | None, passages: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Rows and packed passages of all processes, in the order that one process with all of the batch has."""
+        if get_world_size() == 1:
+            return rows, passages
+        columns = passages.unflatten(0, (-1, len(rows)))  # the positives, the first negatives, ...
+        everyone = all_gather_with_grad(columns.transpose(0, 1).contiguous()).transpose(0, 1)
+        return all_gather(rows.contiguous()), everyone.flatten(0, 1)
+
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: tuple[Tensor | None, Tensor], *, with_backward: bool = False
     ) -> Tensor:
@@ -155,16 +165,18 @@ class JointInfoNCE(CachedLossMixin, nn.Module):
         rows, place = labels
         queries, passages = (torch.cat(column) for column in reps)
         query_vectors, lengths, query_weights = self.unpack(queries)
-        vectors, _, weights = self.unpack(passages[place])
+        own = slice(get_rank() * len(queries), (get_rank() + 1) * len(queries))
+        rows, passages = self.gathered(rows, passages[place])
+        vectors, _, weights = self.unpack(passages)
         scores = {"dense": dense_scores(query_vectors, vectors, lengths)}
         if self.sparse_size:
             scores["sparse"] = query_weights @ weights.T
-        target = torch.arange(len(queries), device=queries.device)
+        target = torch.arange(own.start, own.stop, device=queries.device)
         terms = {}
         for side, of_side in scores.items():
             logits = of_side / self.temperatures[side]
             if self.false_negatives is not None:
-                logits = logits.masked_fill(self.false_negatives(rows).to(logits.device), -torch.inf)
+                logits = logits.masked_fill(self.false_negatives(rows)[own].to(logits.device), -torch.inf)
             terms[side] = F.cross_entropy(logits, target)
         self.parts = {side: term.detach() for side, term in terms.items()}
         loss = torch.stack([self.weights[side] * term for side, term in terms.items()]).sum()
