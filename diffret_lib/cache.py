@@ -46,7 +46,7 @@ def cache_dir() -> Path:
     if not named:
         return Path(platformdirs.user_cache_path("diffret"))
     checkout = Path(__file__).resolve().parents[1]
-    return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / os.path.expanduser(named)
+    return (checkout if os.path.isfile(checkout / "pyproject.toml") else Path.cwd()) / os.path.expanduser(named)
 
 
 def fetch(kind: str, key: str, make: Callable[[Path], None]) -> Path:

@@ -176,6 +176,12 @@ def test_out_of_domain_leaves_out_what_is_trained_on(world):
     assert w.out_of_domain == ["mine-test", "other"] and changed(w, training=training).out_of_domain == ["mine-test"]
 
 
+def test_published_collections_of_the_same_passages(world):
+    s, _ = world
+    assert s.same_domain("beir/scifact", "beir/scifact:train") and s.same_domain("msmarco/dl19", "msmarco/train")
+    assert not s.same_domain("beir/scifact", "msmarco/train")  # nothing is loaded to know it
+
+
 def of_folders(s: Study, train: str, tests: list[str]) -> Study:
     training = s.profile.training.model_dump() | {"collections": [whole(train)]}
     return changed(s, train_collection=train, test_collections=tests, training=training)

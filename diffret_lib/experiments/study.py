@@ -19,7 +19,7 @@ from diffret_lib.cache import atomic_path, fetch, remember
 from diffret_lib.config import CHECKOUT, PYDOCS, Profile, ProfileError, Sample, slug
 from diffret_lib.data import load_collection
 from diffret_lib.data.collection import Collection
-from diffret_lib.data.protocols import metrics_of
+from diffret_lib.data.protocols import metrics_of, published
 from diffret_lib.models.backbones import LoadedBackbone, adapter_sha, load_backbone, with_adapter
 from diffret_lib.models.prompts import SIDES, Side
 from diffret_lib.models.released import RELEASED, released_adapter
@@ -138,6 +138,9 @@ class Study:
         """Whether two collections are of the same package, or have the same passages."""
         if name in PYDOCS and train in PYDOCS:
             return name.startswith(train.rsplit("-", 1)[0])
+        both = published(name), published(train)
+        if all(both):
+            return both[0].hub == both[1].hub
         for key in {name, train} - self._passages.keys():
             self._passages[key] = fingerprint(list(load_collection(key).passages))
         return self._passages[name] == self._passages[train]
