@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from sentence_transformers.util.distributed import get_rank
 
 from diffret_lib.config import load_profile
 from diffret_lib.experiments.study import SYSTEMS, Study
@@ -33,7 +34,7 @@ def train(profile: str, out: Path, systems: list[str], seeds: int | None = None)
     runs = [(r, s) for r in range(training.seeds) for s in systems if r < study.repetitions(s)]
     for repetition, system in runs:
         trained = study.finetune(system, repetition)
-        if int(os.environ.get("RANK", 0)):
+        if get_rank():
             continue
         folders.append(publish_adapter(trained, out))
         rate, before, kept = trained.about["recipe"]["learning_rate"], trained.curve[0]["dev_ndcg"], trained.kept

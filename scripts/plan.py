@@ -170,10 +170,8 @@ class Outline(Study):
         return Sized(name, *(range(min(n, asked or n)) for n, asked in wanted))
 
     def same_domain(self, name: str, train: str) -> bool:
-        if not (elsewhere(name) or elsewhere(train)):
-            return super().same_domain(name, train)
-        one, other = published(name), published(train)
-        return one is not None and other is not None and one.hub == other.hub
+        compared = published(name) and published(train) or not (elsewhere(name) or elsewhere(train))
+        return bool(compared) and super().same_domain(name, train)
 
     def backbone(self, role: str) -> Any:
         name = getattr(self.profile.backbones, role)

@@ -46,17 +46,17 @@ def encode_shards(
     What ``retriever.encode(texts, side, cached=True)`` (or ``encode_counts`` for several ``counts``) does afterwards is
     to read them.  Nothing is done for a single shard, or where no worker is asked for.  ImportError: Ray is missing.
     """
-    shards = [list(texts[i : i + systems.SHARD_TEXTS]) for i in range(0, len(texts), systems.SHARD_TEXTS)]
-    workers = asked()
-    if workers == 0 or len(shards) < 2:
+    workers, starts = asked(), range(0, len(texts), systems.SHARD_TEXTS)
+    if workers == 0 or len(starts) < 2:
         return
     ray = _connected(workers)
     backbone, gpus = retriever.backbone, int(retriever.backbone.device.type == "cuda")
     there = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1))
-    workers = max(1, min(len(shards), workers or there))
+    workers = max(1, min(len(starts), workers or there))
     sent = ray.put(replace(backbone, model=copy.deepcopy(backbone.model).cpu()) if gpus else backbone)
     how = sent, backbone.device.type, type(retriever), retriever._settings, side, counts
-    rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+    shards = [{"shard": list(texts[start : start + systems.SHARD_TEXTS])} for start in starts]
+    rows = ray.data.from_items(shards, override_num_blocks=len(shards))
     done = rows.map_batches(
         ShardEncoder, fn_constructor_args=how, batch_size=1, num_cpus=1, num_gpus=gpus, concurrency=workers
     )
