@@ -162,7 +162,9 @@ class Profile(_Model):
     not there from another profile.  The pair (Kq, Kp) is selected on ``train_collection``; the first of
     ``test_collections`` is the in-domain one.  ``sample`` is taken of each test collection, or what ``samples`` says
     for it; ``departures`` of the training collection for the table of departures, ``dtype_sample`` of each test
-    collection for what bfloat16 changes (null: not shown).
+    collection for what bfloat16 changes (null: not shown), ``grid_sample`` of each for the grid of pairs and the oracle
+    (null: what is searched).  Without ``keep_passages`` the passages of a system are searched as they are encoded, and
+    their vectors are not kept: the same rankings, from little disk.
     ``max_query_tokens`` and ``max_passage_tokens`` count the text alone; ``promptreps_vectors`` are PromptReps' most
     vectors (N, the prompt's among them), ``top_k`` the length of every ranking, ``batch_tokens`` the token budget of a
     batch on a CPU.  With ``shared_text_grid`` all pairs of the grid come from one pass over each text.  ``dtype``
@@ -183,6 +185,8 @@ class Profile(_Model):
     train_sample: Sample
     departures: Sample
     dtype_sample: Sample | None = None
+    grid_sample: Sample | None = None
+    keep_passages: bool = True
     max_query_tokens: Count
     max_passage_tokens: Count
     k_grid: Counts

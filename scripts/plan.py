@@ -37,6 +37,7 @@ from diffret_lib.models.backbones import get_backbone
 from diffret_lib.models.gguf import BackboneError
 from diffret_lib.models.prompts import SIDES, Side
 from diffret_lib.models.released import RELEASED
+from diffret_lib.retrieval.streaming import SEGMENT_TEXTS
 from diffret_lib.retrieval.systems import BM25, CUDA_BATCH, PromptReps, Retriever
 
 #: Tokens of prompt, answer and tail besides the text and the vectors, at most.
@@ -47,6 +48,8 @@ CALIBRATION_TEXTS = 8
 TRAINING_PASSES = 4
 #: Bytes that the program itself takes, and those of a number of a vector as it is kept.
 PROGRAM_BYTES, NUMBER_BYTES = 1.5e9, 4
+#: Bytes of a passage in a kept ranking (score and index), and of a word in the memory of BM25's index.
+RANKED_BYTES, BM25_BYTES = 8, 40
 #: Parameters and H of the backbones of the hub, from the shapes in their ``config.json``.
 SIZES = {
     "dream-v0-instruct-7b": (7_615_616_512, 3584),
@@ -266,18 +269,21 @@ def plan(profile: Profile) -> Plan:
             rates[key] = [_seconds(retriever, study.test_collections[0], side) for side in SIDES]
         return rates[key][SIDES.index(side)] * tokens / (read[side] + PROMPT_TOKENS)
 
-    for notebook, part, retriever, collections, times in _encodings(study):
+    for notebook, part, retriever, collections, times, stays in _encodings(study):
         total, encoded = np.zeros(4), set()
         for collection, side in product(collections, SIDES):
             n, length = len(texts_of(collection, side)), read[side]
             if found := published(collection.name):
                 length = min(length, math.ceil(getattr(found, f"{side}_words") * WORD_TOKENS))
-                if side == "passage" and (found.hub, n) in encoded:  # those of MS MARCO serve several collections
+                whole = side == "passage" and n == found.passages
+                if whole and found.hub in encoded:  # those of MS MARCO serve several collections
                     continue
-                encoded |= {(found.hub, n)} if side == "passage" else set()
+                encoded |= {found.hub} if whole else set()
             length += PROMPT_TOKENS
-            kept = retriever.vectors(side) * hidden * NUMBER_BYTES / 1e9
-            total += n * np.array([1, length, kept, seconds(retriever, side, length) / 3600])
+            kept = n * retriever.vectors(side) * hidden * NUMBER_BYTES
+            if side == "passage" and not stays:  # the best passages of each segment, for MaxSim, means and sparse
+                kept = math.ceil(n / SEGMENT_TEXTS) * len(collection.queries) * min(n, p.top_k) * 3 * RANKED_BYTES
+            total += n, n * length, kept / 1e9, n * seconds(retriever, side, length) / 3600
         rows.append((notebook, part, *(times * total)))
     t = p.training
     lengths = [length + PROMPT_TOKENS for length in (p.max_query_tokens, t.max_passage_tokens)]
@@ -315,7 +321,10 @@ def _needs(
         notes.append(f"Not on this machine, {sizes}: {', '.join(names)}.")
     number = 4 if p.dtype == "float32" else 2
     weights = sum(number * b.parameters if isinstance(b, Facts) else _bytes(b.model) for b in backbones.values())
-    largest = max(len(c.passages) for c in study.test_collections) * sum(p.k_grid) * hidden * NUMBER_BYTES
+    loaded = [study.train_collection, *study.grid_collections, *(study.test_collections if p.keep_passages else ())]
+    largest = max(len(c.passages) for c in loaded) * sum(p.k_grid) * hidden * NUMBER_BYTES
+    known = [(len(c.passages), published(c.name)) for c in study.test_collections]
+    largest += max((n * found.passage_words * BM25_BYTES for n, found in known if found), default=0)
     free, there = shutil.disk_usage(cache_dir()).free, psutil.virtual_memory().total
     gpu_there = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else math.inf
     gpu = weights + p.batch_tokens * CUDA_BATCH * hidden * BATCH_BYTES
@@ -342,34 +351,35 @@ def products_per_second(dtype: str) -> float:
     return 2 * size**3 / best
 
 
-def _encodings(study: Outline) -> Iterator[tuple[str, str, Any, Sequence[Any], float]]:
-    """Everything that a run encodes: notebook, part, retriever, collections, and how often."""
+def _encodings(study: Outline) -> Iterator[tuple[str, str, Any, Sequence[Any], float, bool]]:
+    """All that a run encodes: notebook, part, retriever, collections, how often, and whether vectors are kept."""
     p, tests, pair = study.profile, study.test_collections, (max(study.profile.k_grid),) * 2
+    grids, keep = [study.train_collection, *study.grid_collections], p.keep_passages
     sample = [study.sampled(p.train_collection, p.departures)]
-    yield "01", "departures: reading and length", study.diffretriever(*pair), sample, 10
-    yield "01", "departures: answers", study.promptreps(p.promptreps_vectors), sample, 3
+    yield "01", "departures: reading and length", study.diffretriever(*pair), sample, 10, keep
+    yield "01", "departures: answers", study.promptreps(p.promptreps_vectors), sample, 3, keep
     for dtype, alike in dtype_studies(study).items():
         other = Outline(alike.profile, alike._backbones)
         for system in other.systems(pair):
             if not isinstance(system.retriever, BM25):
-                yield "01", f"{system.name}, {dtype}", system.retriever, other.test_collections, 1
+                yield "01", f"{system.name}, {dtype}", system.retriever, other.test_collections, 1, keep
     if p.shared_text_grid:
         shared = study.diffretriever(sum(p.k_grid), sum(p.k_grid))  # as many masks as all together
-        yield "02", "grid, one pass over a text", shared, [study.train_collection, *tests], 1
+        yield "02", "grid, one pass over a text", shared, grids, 1, True
     else:
         for k in p.k_grid:
-            yield "02", f"grid, K = {k}", study.diffretriever(k, k), [study.train_collection, *tests], 1
+            yield "02", f"grid, K = {k}", study.diffretriever(k, k), grids, 1, True
     if study.fine_tuned:
         pools = [study.sampled(size.collection, size) for size in p.training.collections]
-        yield "03", "negatives", study.diffretriever(*pair), pools, 1
+        yield "03", "negatives", study.diffretriever(*pair), pools, 1, keep
     for system in study.systems(pair):
         if not isinstance(system.retriever, BM25):
-            yield "04", f"{system.name}, zero-shot", system.retriever, tests, 1
+            yield "04", f"{system.name}, zero-shot", system.retriever, tests, 1, keep
     for name in study.fine_tuned:
-        yield "04", f"{name}, fine-tuned", study.untrained(name, pair), tests, study.repetitions(name)
+        yield "04", f"{name}, fine-tuned", study.untrained(name, pair), tests, study.repetitions(name), keep
     for name, adapter in RELEASED.items():
         if adapter.backbone == p.backbones.diffusion:
-            yield "04", f"{name}, fine-tuned by the authors", study.diffretriever(*adapter.pair), tests, 1
+            yield "04", f"{name}, fine-tuned by the authors", study.diffretriever(*adapter.pair), tests, 1, keep
 
 
 def _seconds(retriever: Retriever, collection: Collection, side: Side) -> float:

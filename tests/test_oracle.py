@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -241,15 +242,22 @@ def test_oracle_table():
 
 
 def test_fine_tuned_values_of_the_evaluation(tmp_path):
-    path = tmp_path / "per_query.csv"
-    assert read_fine_tuned(path, (2, 2)) is None
+    path, study = (
+        tmp_path / "per_query.csv",
+        SimpleNamespace(selected=(2, 2), profile=SimpleNamespace(grid_sample=None)),
+    )
+    assert read_fine_tuned(study, path) is None
     rows = pd.DataFrame({"collection": "c", "query_id": ["001", "null"], "value": [0.1, 0.2], "metric": "ndcg@10",
                          "system": "DiffRetriever multi", "training": "fine-tuned", "mode": "hybrid", "k_query": 2,
                          "k_passage": 2})  # fmt: skip
     others = [rows.assign(**{c: v}) for c, v in (("training", "zero-shot"), ("system", "DiffEmbed"), ("mode", "dense"))]
     pd.concat([rows, *others]).to_csv(path, index=False)
-    found = read_fine_tuned(path, (2, 2))
-    assert found.to_dict() == {("c", "001"): 0.1, ("c", "null"): 0.2} and read_fine_tuned(path, (4, 2)) is None
+    found = read_fine_tuned(study, path)
+    assert found.to_dict() == {("c", "001"): 0.1, ("c", "null"): 0.2}
+    study.selected = (4, 2)
+    assert read_fine_tuned(study, path) is None
+    study.selected, study.profile.grid_sample = (2, 2), {"queries": 2}  # the grid is on other passages
+    assert read_fine_tuned(study, path) is None
 
 
 def test_distribution_of_the_best_pairs():

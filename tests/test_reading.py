@@ -16,7 +16,7 @@ from diffret_lib.experiments.study import Study
 from diffret_lib.report import figures
 from diffret_lib.retrieval.metrics import per_query
 from diffret_lib.retrieval.representations import Representations
-from diffret_lib.retrieval.search import maxsim_search
+from diffret_lib.retrieval.search import search
 from diffret_lib.retrieval.systems import BM25, DiffRetriever, PromptReps
 from tests.tiny import tiny_backbone
 
@@ -42,7 +42,7 @@ def test_alignment_adds_up_to_maxsim(folder, retriever, system):
     r = retriever if system == "diffusion" else PromptReps(tiny_backbone(folder, system), max_vectors=4)
     query = "priority queue"
     queries, passages = r.encode_queries([query], progress=False), r.encode_passages(TEXTS, progress=False)
-    scores, indices = maxsim_search(queries, passages, len(TEXTS))
+    scores, indices = search(queries, passages, ["maxsim"], len(TEXTS))["maxsim"]
     expected = dict(zip(indices[0].tolist(), scores[0].tolist(), strict=True))
     for i, text in enumerate(TEXTS):
         products = alignment(r, query, text)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import ranx
@@ -10,11 +12,12 @@ from diffret_lib.retrieval.metrics import make_run
 from diffret_lib.retrieval.representations import Origin, Representations
 from diffret_lib.retrieval.search import (
     RANK_MODES,
+    Ranking,
     hybrid_search,
-    maxsim_search,
+    merged,
     rank,
-    single_search,
-    sparse_search,
+    search_parts,
+    shards_of,
     to_results,
 )
 
@@ -60,6 +63,18 @@ def plain_sparse(q: Representations, p: Representations) -> np.ndarray:
 
 def plain_top(scores: np.ndarray, top_k: int) -> list[list[int]]:
     return [sorted(range(len(row)), key=lambda j: (-row[j], j))[:top_k] for row in scores]
+
+
+def maxsim_search(q: Representations, p: Representations, top_k: int) -> Ranking:
+    return search.search(q, p, ["maxsim"], top_k)["maxsim"]
+
+
+def single_search(q: Representations, p: Representations, top_k: int) -> Ranking:
+    return search.search(q, p, ["mean"], top_k)["mean"]
+
+
+def sparse_search(q: Representations, p: Representations, top_k: int) -> Ranking:
+    return search.search(q, p, ["sparse"], top_k)["sparse"]
 
 
 KINDS = [(maxsim_search, plain_maxsim), (single_search, plain_mean), (sparse_search, plain_sparse)]
@@ -143,9 +158,9 @@ def test_none_at_all(fast, plain, nq, n):
 def test_shapes_that_do_not_fit():
     q, p = make(2, 2, 1), make(3, 3, 2, h=9, v=41)
     for fast in (maxsim_search, single_search):
-        with pytest.raises(ValueError, match=r"\(2, 2, 8\).*\(3, 3, 9\)"):
+        with pytest.raises(ValueError, match="dense sides differ: 8 .* 9"):
             fast(q, p, 3)
-    with pytest.raises(ValueError, match=r"\(2, 40\).*\(3, 41\)"):
+    with pytest.raises(ValueError, match="sparse sides differ: 40 .* 41"):
         sparse_search(q, p, 3)
     with pytest.raises(ValueError, match="the passages have no dense side"):
         maxsim_search(q, Representations(None, p.lengths, p.sparse), 3)
@@ -309,3 +324,18 @@ def test_an_excluded_passage_is_as_if_it_were_not_there(mode, top_k):
         assert list(run[query]) == list(alone) and run[query] == pytest.approx(alone, abs=1e-6)
     with pytest.raises(ValueError, match=r"excluded must have the shape \(4,\), not \(3,\)"):
         rank(q, p, mode, top_k, excluded[:3])
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 60])
+def test_parts_searched_apart_and_merged(top_k):
+    # as segments of a large collection are: each from its own start, with a passage that a query excludes
+    q, p = make(4, 3, 1), make(50, 2, 2)
+    p = p[np.r_[0:50, 3:9]]  # equal passages in different parts
+    excluded, kinds = np.array([-1, 49, 2, -1]), ("maxsim", "mean", "sparse")
+    whole = search.search(q, p, kinds, top_k, excluded)
+    ends = [0, 20, 21, 56]
+    parts = [search_parts(q, shards_of(p[a:b], 8), kinds, top_k, excluded, a) for a, b in itertools.pairwise(ends)]
+    for kind in kinds:
+        scores, indices = merged([part[kind] for part in parts], top_k)
+        assert (indices == whole[kind][1]).all()
+        np.testing.assert_allclose(scores, whole[kind][0], rtol=1e-6)

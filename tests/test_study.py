@@ -19,13 +19,13 @@ import ranx
 from safetensors.numpy import save_file
 
 from diffret_lib.addresses import SourceTree
-from diffret_lib.config import Profile, ProfileError, load_profile
+from diffret_lib.config import Profile, ProfileError, Sample, load_profile
 from diffret_lib.data.collection import Collection
-from diffret_lib.experiments import departures, study
+from diffret_lib.experiments import departures, rankings, study
 from diffret_lib.experiments.comparison import planned_comparisons
 from diffret_lib.experiments.study import REPEATED, SYSTEMS, CutBM25, Study, System, hard_passages, macro, select_pair
 from diffret_lib.models.backbones import load_backbone
-from diffret_lib.retrieval import systems
+from diffret_lib.retrieval import search, streaming, systems
 from diffret_lib.retrieval.metrics import METRICS, per_query
 from diffret_lib.retrieval.search import MODES, RANK_MODES
 from diffret_lib.retrieval.systems import BM25
@@ -215,6 +215,72 @@ def test_collections_of_one_name_are_refused(world, tmp_path):
         _ = of_folders(s, one, [beir(tmp_path, "数据", 0)]).test_collections
 
 
+# -- passages that are searched as they are encoded ----------------------------------------------------------------
+
+
+@pytest.fixture
+def streamed(world, tmp_path, monkeypatch):
+    """The study with a cache of its own that keeps no passages; segments of four passages in shards of two."""
+    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(streaming, "SEGMENT_TEXTS", 4)
+    monkeypatch.setattr(streaming, "SHARD_TEXTS", 2)
+    monkeypatch.setattr(systems, "SHARD_TEXTS", 2)
+    monkeypatch.setattr(search.shards_of, "__defaults__", (2,))  # as long as a shard, for the same sums
+    return changed(world[0], keep_passages=False)
+
+
+def test_streamed_rankings_are_those_of_kept_passages(streamed, tmp_path, monkeypatch):
+    s, kept = streamed, changed(streamed, keep_passages=True)
+    c = s.test_collections[1]
+    for retriever in (s.diffretriever(2, 2), s.promptreps(3), s.retriever(systems.DiffEmbed), BM25()):
+        runs = s.runs(retriever, c)
+        assert runs == kept.runs(retriever, c) and list(runs) == rankings.modes_of(retriever)
+        assert [list(run) for run in runs["sparse" if "sparse" in runs else "dense"].values()]
+    shapes = [p for p in (tmp_path / "cache" / "segments").iterdir() if p.is_dir()]
+    assert len(shapes) == 3 * 2  # eight passages
+
+
+def test_a_stream_goes_on_where_it_was(streamed, tmp_path, monkeypatch):
+    s, calls = streamed, count_forwards(monkeypatch)
+    c, retriever = s.test_collections[0], s.diffretriever(2, 1)
+    first = s.runs(retriever, c)
+    every = len(calls)
+    assert s.runs(retriever, c) == first and len(calls) == every  # from the cache
+    folder = next(p for p in (tmp_path / "cache" / "segments").iterdir() if p.is_dir())
+    shutil.rmtree(folder)
+    assert s.runs(retriever, c) == first and every < len(calls) < 2 * every
+    queries = s.diffretriever(1, 1)
+    assert s.runs(queries, c) != first  # other vectors have other segments
+
+
+def test_a_stream_answers_all_collections_with_the_same_passages(streamed, monkeypatch):
+    s, calls = streamed, count_forwards(monkeypatch)
+    whole = s.sampled(s.profile.test_collections[0], Sample(queries=None, passages=None))
+    parts = [
+        replace(whole.restrict(None, ids), name=name) for name, ids in {"a": ["q0", "q3"], "b": ["q1", "q2"]}.items()
+    ]
+    monkeypatch.setattr(rankings, "published", lambda name: SimpleNamespace(hub="one") if name in "ab" else None)
+    s.__dict__["test_collections"] = parts
+    retriever = s.retriever(systems.DiffEmbed)
+    runs = [s.runs(retriever, c) for c in parts]
+    once = len(calls)
+    kept = changed(s, keep_passages=True)
+    assert runs == [kept.runs(retriever, c) for c in parts]
+    calls.clear()
+    s.runs(s.retriever(systems.DiffEmbed, max_passage_tokens=5, max_query_tokens=5), parts[0])
+    assert once == len(calls)  # those of one collection cost as much as those of both
+    assert not rankings.same_passages(parts[0], replace(whole, name="c"))
+
+
+def test_the_grid_of_a_part(world):
+    s, size = world[0], {"queries": 3, "passages": 6, "hard": 0}
+    part = changed(s, grid_sample=size)
+    assert part.grid_collections[0] is part.sampled(s.profile.test_collections[0], Sample(**size))
+    assert [len(c.passages) for c in part.grid_collections] == [6, 6] and s.grid_collections == s.test_collections
+    assert part.grid_collection(s.profile.train_collection) is part.train_collection
+    assert part.test_grid.groupby("collection")["query_id"].nunique().tolist() == [3, 3]
+
+
 # -- systems, rankings and grids -------------------------------------------------------------------------------
 
 
@@ -400,7 +466,7 @@ def test_rankings_and_values_are_kept(world, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "place", ["retrieval/search.py:rank", "retrieval/search.py:to_results", "retrieval/metrics.py:per_query"]
+    "place", ["retrieval/search.py:hybrid_search", "retrieval/search.py:to_results", "retrieval/metrics.py:per_query"]
 )
 def test_addresses_cover_the_code_of_search_and_metrics(tmp_path, place):
     root = Path(study.__file__).parents[1]

@@ -12,7 +12,8 @@ import psutil
 import pytest
 import ray
 
-from diffret_lib.retrieval import workers
+from diffret_lib.retrieval import streaming, workers
+from diffret_lib.retrieval.search import search
 from diffret_lib.retrieval.systems import SHARD_TEXTS, DiffEmbed, DiffRetriever
 from tests.tiny import tiny_backbone
 
@@ -53,12 +54,14 @@ def content(cache: Path) -> dict[str, bytes]:
 def actors() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        if any("ShardEncoder" in word for word in process.info["cmdline"] or ()):
+        if any(
+            "Worker.__" in word or "(Worker" in word or "MapWorker" in word for word in process.info["cmdline"] or ()
+        ):
             found.append(process)
     return found
 
 
-def test_two_workers_of_which_one_is_killed(cluster, tmp_path):
+def test_two_workers_of_which_one_is_killed(cluster, tmp_path, monkeypatch):
     retriever = DiffEmbed(tiny_backbone(tmp_path / "tiny"), max_passage_tokens=8)
     alone = cluster("alone")
     retriever.encode(TEXTS, "passage", cached=True, progress=False)
@@ -84,6 +87,21 @@ def test_two_workers_of_which_one_is_killed(cluster, tmp_path):
     entry.write_bytes(b"damaged")
     workers.encode_shards(retriever, TEXTS, "passage")  # only the damaged shard is made again
     assert content(several) == made
+    monkeypatch.setattr(streaming, "SEGMENT_TEXTS", SHARD_TEXTS)  # segments are shared as shards are
+    apart = streaming.stream(retriever, TEXTS[:3], TEXTS, ["mean"], 9)["mean"]
+    cluster("alone")
+    monkeypatch.setenv(workers.WORKERS, "")
+    streamed = streaming.stream(retriever, TEXTS[:3], TEXTS, ["mean"], 9)["mean"]
+    whole = search(
+        *(
+            retriever.encode(t, side, cached=True, progress=False)
+            for t, side in ((TEXTS[:3], "query"), (TEXTS, "passage"))
+        ),
+        ["mean"],
+        9,
+    )["mean"]
+    assert all((a == b).all() and (a == c).all() for a, b, c in zip(apart, streamed, whole, strict=True))
+    cluster("several", 2)
     queries, counts = TEXTS[: SHARD_TEXTS + 1], [1, 2]
     shared = DiffRetriever(retriever.backbone, shared_text=True, max_query_tokens=8)
     workers.encode_shards(shared, queries, "query", counts)

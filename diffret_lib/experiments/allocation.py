@@ -22,7 +22,8 @@ from sklearn.preprocessing import StandardScaler
 from diffret_lib.cache import remember
 from diffret_lib.data.collection import Collection
 from diffret_lib.experiments.comparison import PAIR, QUERY, RESAMPLES, grid_cells, paired, per_query_best
-from diffret_lib.experiments.study import Study, ranking
+from diffret_lib.experiments.rankings import ranking
+from diffret_lib.experiments.study import Study
 from diffret_lib.models.prompts import SIDES
 from diffret_lib.models.readers import MaskedPositions
 from diffret_lib.retrieval.metrics import Run, holm
@@ -226,7 +227,7 @@ def allocate(study: Study, queries: pd.DataFrame) -> tuple[pd.DataFrame, pd.Data
     pair, seed = study.selected, study.profile.seed
     known, values = count_values(study.train_grid, pair[1]), count_values(study.test_grid, pair[1])
     train = query_features(study, study.train_collection, pair).loc[known.index]
-    features = pd.concat([query_features(study, c, pair) for c in study.test_collections])
+    features = pd.concat([query_features(study, c, pair) for c in study.grid_collections])
     allocator = KAllocator(default=pair[0], seed=seed).fit(train, known)
     chosen = pd.Series(allocator.predict(features.loc[values.index]), values.index)
     chance = queries.set_index(QUERY)["chance_kq"]

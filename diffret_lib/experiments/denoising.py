@@ -37,7 +37,7 @@ def denoising_table(study: Study, steps: Sequence[int] = STEPS) -> pd.DataFrame:
 
 def encoding_times(study: Study, steps: Sequence[int], pair: Pair) -> pd.DataFrame:
     """Median milliseconds of encoding one query and one passage with S steps: columns steps, query_ms, passage_ms."""
-    collection = study.test_collections[0]  # `measured` has it in the address
+    collection = study.grid_collections[0]  # `measured` has it in the address
     texts = {"query": collection.queries[:1], "passage": collection.passages[:1]}
     calls = {
         (s, side): lambda r=retriever, side=side: r.encode(texts[side], side, progress=False)

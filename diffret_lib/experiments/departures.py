@@ -60,7 +60,7 @@ def shared_text_table(study: Study) -> pd.DataFrame:
     """The grid's one pass for all numbers of masks, against a pass for each, on every test collection; or no rows."""
     labels, frames = ("pass over a text", "one for each number of masks", "one for all", "reference"), []
     for name, pair in {"DiffRetriever single": (1, 1), "DiffRetriever multi": study.selected}.items():
-        own = study.evaluate(System(name, study.diffretriever(*pair)), study.test_collections)
+        own = study.evaluate(System(name, study.diffretriever(*pair)), study.grid_collections)
         shared = study.test_grid[(study.test_grid["k_query"] == pair[0]) & (study.test_grid["k_passage"] == pair[1])]
         for c in own["collection"].unique() if study.profile.shared_text_grid else []:
             frames.append(_compared(own[own["collection"] == c], shared[shared["collection"] == c], c, labels, name))

@@ -28,7 +28,7 @@ from diffret_lib.experiments.study import SYSTEMS, Pair, Study, macro
 from diffret_lib.models.prompts import SIDES, encode_plain
 from diffret_lib.retrieval.metrics import METRIC
 from diffret_lib.retrieval.representations import Representations
-from diffret_lib.retrieval.search import SELECTION_MODE, maxsim_search, sparse_search
+from diffret_lib.retrieval.search import SELECTION_MODE, search
 from diffret_lib.retrieval.systems import DiffEmbed, DiffRetriever, MeanPooledAR, PromptReps, RepLLaMA, Retriever
 
 #: An index takes at most this part of the memory that is free.
@@ -53,7 +53,7 @@ def measured(study: Study, measure: Callable[..., pd.DataFrame], *arguments: Any
     backbones = [(b.fingerprint, b.device.type) for b in map(study.backbone, ("diffusion", "autoregressive"))]
     limits = "max_query_tokens", "max_passage_tokens"  # they decide the sparse rows that are searched
     settings = p.model_dump(include={"efficiency", "k_grid", "promptreps_vectors", "seed", *limits})
-    texts, threads = study.test_collections[0].fingerprint, torch.get_num_threads()
+    texts, threads = study.grid_collections[0].fingerprint, torch.get_num_threads()
     key = address([measure], list(arguments), settings, backbones, texts, machine, threads)
     return pd.DataFrame(remember("latency", key, lambda: measure(study, *arguments).to_dict("list")))
 
@@ -91,7 +91,7 @@ def median_interval(values: Sequence[float]) -> dict[str, float]:
 
 def long_texts(study: Study, tokens: int, count: int) -> list[str]:
     """Different texts of at least ``tokens`` tokens each, made of the first test collection's passages."""
-    passages, tokenizer = study.test_collections[0].passages, study.backbone("diffusion").tokenizer
+    passages, tokenizer = study.grid_collections[0].passages, study.backbone("diffusion").tokenizer
     texts, place = [], 0
     while len(texts) < count:
         text = ""
@@ -241,7 +241,7 @@ def _index(
     By default as many as the profile's largest index has at the most vectors, up to :data:`INDEXED_PASSAGES`; always as
     few as the memory takes.
     """
-    rng, collection = np.random.default_rng(study.profile.seed), study.test_collections[0]
+    rng, collection = np.random.default_rng(study.profile.seed), study.grid_collections[0]
     hidden, most = study.backbone("diffusion").model.config.hidden_size, max(kp for _, kp in pairs)
     n = passages or min(max(study.profile.efficiency.index_sizes) // most, INDEXED_PASSAGES)
     n = max(1, min(n, int(MEMORY_SHARE * psutil.virtual_memory().available / (4 * hidden * most))))
@@ -256,12 +256,12 @@ def _index(
         else:
             arrays = asked[: batch * kq].reshape(batch, kq, hidden), known[: n * kp].reshape(n, kp, hidden)
             sides = (Representations(a, np.full(len(a), a.shape[1])) for a in arrays)
-            calls[kq, kp] = partial(maxsim_search, *sides, 100)
+            calls[kq, kp] = partial(search, *sides, ["maxsim"], 100)
     retriever = study.diffretriever(1, 1)
     sides = [study.encode(retriever, collection, side).sparse for side in SIDES]
     rows = [side[rng.integers(0, side.shape[0], size)] for side, size in zip(sides, (batch, n))]
     sparse = (Representations(None, np.zeros(m.shape[0], int), m) for m in rows)
-    calls[SPARSE] = partial(sparse_search, *sparse, 100)
+    calls[SPARSE] = partial(search, *sparse, ["sparse"], 100)
     return calls, n
 
 

@@ -45,14 +45,14 @@ def pair_distribution(best: pd.DataFrame, grid_values: Sequence[int]) -> pd.Data
     return 100 * counts / max(1.0, counts.to_numpy().sum())
 
 
-def read_fine_tuned(path: Path, selected: Pair) -> pd.Series | None:
-    """Fine-tuned DiffRetriever multi at the selected pair, hybrid, from ``per_query.csv``; None where it has no rows.
+def read_fine_tuned(study: Study, path: Path) -> pd.Series | None:
+    """Fine-tuned DiffRetriever multi at the selected pair, hybrid, from ``per_query.csv``: nDCG@10.
 
-    nDCG@10, indexed by collection and query.
+    It is indexed by collection and query.  None where there are no such rows, or the grid is on other passages.
     """
-    if not path.is_file():
+    if study.profile.grid_sample or not path.is_file():
         return None
-    rows = read_table(path)
+    rows, selected = read_table(path), study.selected
     rows = rows[(rows["k_query"] == selected[0]) & (rows["k_passage"] == selected[1])]
     return by_system(rows, rows["collection"].unique()).get(("DiffRetriever multi, fine-tuned", SELECTION_MODE))
 

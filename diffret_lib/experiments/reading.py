@@ -15,7 +15,8 @@ from diffret_lib.addresses import address
 from diffret_lib.cache import remember
 from diffret_lib.data.collection import Collection
 from diffret_lib.experiments.oracle import ndcg
-from diffret_lib.experiments.study import Study, ranking
+from diffret_lib.experiments.rankings import ranking
+from diffret_lib.experiments.study import Study
 from diffret_lib.models.prompts import ENGLISH_STOP_WORDS, SIDES, Side, content_words
 from diffret_lib.retrieval.metrics import METRIC
 from diffret_lib.retrieval.representations import Representations
@@ -149,8 +150,8 @@ class Explorer:
     """One collection of a study, searched zero-shot by one system at one pair of counts, and by BM25.
 
     ``system`` is "DiffRetriever", with the masks of ``pair`` (Kq, Kp), as the grid of notebook 02 reads them, or
-    "PromptReps", with as many vectors on a side at most.  A collection's name stands for the sample that the profile
-    asks for.  Encodings come from the cache, where they are.
+    "PromptReps", with as many vectors on a side at most.  A collection's name stands for the part of it on which the
+    grid is.  Encodings come from the cache, where they are.
     """
 
     study: Study
@@ -160,7 +161,7 @@ class Explorer:
 
     def __post_init__(self) -> None:
         if isinstance(self.collection, str):
-            self.collection = self.study.collection(self.collection)
+            self.collection = self.study.grid_collection(self.collection)
         shared = {"shared_text": True} if self.study.profile.shared_text_grid else {}
         if self.system == "DiffRetriever":
             self.retriever = self.study.diffretriever(*self.pair, **shared)

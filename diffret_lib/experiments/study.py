@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from diffret_lib.config import CHECKOUT, PYDOCS, Profile, ProfileError, Sample, 
 from diffret_lib.data import load_collection
 from diffret_lib.data.collection import Collection
 from diffret_lib.data.protocols import metrics_of, published
+from diffret_lib.experiments.rankings import modes_of, ranking, rankings, streamed_rankings
 from diffret_lib.models.backbones import LoadedBackbone, adapter_sha, load_backbone, with_adapter
 from diffret_lib.models.prompts import SIDES, Side
 from diffret_lib.models.released import RELEASED, released_adapter
 from diffret_lib.retrieval.metrics import METRIC, Run, per_query, save_qrels, save_run
 from diffret_lib.retrieval.representations import Representations
-from diffret_lib.retrieval.search import RANK_MODES, SELECTION_MODE, rank, to_results
+from diffret_lib.retrieval.search import RANK_MODES, SELECTION_MODE
 from diffret_lib.retrieval.systems import BM25, DiffEmbed, DiffRetriever, MeanPooledAR, PromptReps, RepLLaMA, Retriever
 from diffret_lib.retrieval.workers import encode_shards
 from diffret_lib.training import contrastive
@@ -109,6 +110,17 @@ class Study:
         if "" in folders or len(set(folders)) < len(folders):
             raise ProfileError(f"a collection needs a folder name of its own, in letters a-z and digits: {folders}")
         return found
+
+    def grid_collection(self, name: str) -> Collection:
+        """The part of a collection on which every pair (Kq, Kp) is tried, and single queries are looked at."""
+        size = self.profile.grid_sample
+        whole = size is None or name == self.profile.train_collection
+        return self.collection(name) if whole else self.sampled(name, size)
+
+    @cached_property
+    def grid_collections(self) -> list[Collection]:
+        """Those parts of the test collections; the test collections themselves without ``grid_sample``."""
+        return [self.grid_collection(name) for name in self.profile.test_collections]
 
     @property
     def train_collection(self) -> Collection:
@@ -257,14 +269,17 @@ class Study:
 
     def address(self, retrievers: Sequence[Any], collection: Collection, *more: Any, code: Sequence[Any] = ()) -> str:
         """Address of what ``code`` computes from retrievers' rankings of a collection."""
+        code = [ranking, *code, *([] if self.profile.keep_passages else [streamed_rankings])]
         sides = [retriever.fingerprint(side) for retriever in retrievers for side in SIDES]
-        return address([ranking, *code], sides, collection.fingerprint, collection.coverage, self.profile.top_k, more)
+        return address(code, sides, collection.fingerprint, collection.coverage, self.profile.top_k, more)
 
     def runs(self, retriever: Any, collection: Collection, modes: Sequence[str] | None = None) -> dict[str, Run]:
         """Rankings of a retriever on a collection in some modes (by default in each that it has)."""
-        passages, queries = (self.encode(retriever, collection, side) for side in ("passage", "query"))
         modes, top_k = modes or modes_of(retriever), self.profile.top_k
-        return {mode: ranking(queries, passages, collection, mode, top_k) for mode in modes}
+        if self.profile.keep_passages or not isinstance(retriever, Retriever):
+            passages, queries = (self.encode(retriever, collection, side) for side in ("passage", "query"))
+            return rankings(queries, passages, collection, modes, top_k)
+        return streamed_rankings(retriever, collection, self.test_collections, modes, top_k)
 
     def evaluate(self, system: System, collections: Sequence[Collection], runs: Path | None = None) -> pd.DataFrame:
         """Per-query values of a system on collections, in each of its modes; kept in the cache with the rankings.
@@ -334,8 +349,8 @@ class Study:
 
     @cached_property
     def test_grid(self) -> pd.DataFrame:
-        """The grid on every test collection."""
-        return pd.concat([self.grid(c) for c in self.test_collections], ignore_index=True)
+        """The grid on every test collection, or the part of it that the profile takes."""
+        return pd.concat([self.grid(c) for c in self.grid_collections], ignore_index=True)
 
     @cached_property
     def selected(self) -> Pair:
@@ -346,12 +361,6 @@ class Study:
 def texts_of(collection: Collection, side: Side) -> Sequence[str]:
     """The queries or the passages of a collection."""
     return collection.queries if side == "query" else collection.passages
-
-
-def modes_of(retriever: Any) -> list[str]:
-    """The modes in which a retriever is evaluated: its own, and "mean" where a text has several vectors."""
-    several = isinstance(retriever, DiffRetriever | PromptReps) and max(map(retriever.vectors, SIDES)) > 1
-    return [mode for mode in RANK_MODES if mode in retriever.modes or (mode == "mean" and several)]
 
 
 def hard_passages(collection: Collection, count: int) -> dict[str, list[str]]:
@@ -366,18 +375,13 @@ def hard_passages(collection: Collection, count: int) -> dict[str, list[str]]:
     return remember("hard", address([ranking], sides, collection.fingerprint, count), found)
 
 
-def ranking(queries: Representations, passages: Representations, collection: Collection, mode: str, top_k: int) -> Run:
-    """The ranking of a collection's encoded passages for its encoded queries: query id to passage id to score."""
-    scores, indices = rank(queries, passages, mode, top_k, collection.excluded)
-    return to_results(scores, indices, collection.query_ids, collection.passage_ids)
-
-
 def grid_values(queries: Sides, passages: Sides, collection: Collection, top_k: int) -> pd.DataFrame:
     """Per-query nDCG@10 of every pair (Kq, Kp) of encodings in every mode; columns as of :meth:`Study.grid`."""
     frames = []
-    for kq, kp, mode in product(queries, passages, RANK_MODES):
-        values = per_query(collection.qrels, ranking(queries[kq], passages[kp], collection, mode, top_k), [METRIC])
-        frames.append(_long(values, collection).assign(k_query=kq, k_passage=kp, mode=mode))
+    for kq, kp in itertools.product(queries, passages):
+        for mode, run in rankings(queries[kq], passages[kp], collection, RANK_MODES, top_k).items():
+            values = per_query(collection.qrels, run, [METRIC])
+            frames.append(_long(values, collection).assign(k_query=kq, k_passage=kp, mode=mode))
     return pd.concat(frames, ignore_index=True)
 
 

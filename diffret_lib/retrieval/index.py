@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import faiss
@@ -23,12 +22,11 @@ from diffret_lib.retrieval.representations import Origin, Representations
 from diffret_lib.retrieval.search import (
     MaxSim,
     Ranking,
-    best_passages,
-    hybrid_search,
-    mean_scores,
+    check_sides,
+    in_mode,
+    kinds_of,
     mean_vectors,
-    rank,
-    sparse_scores,
+    search_parts,
     to_ranking,
 )
 
@@ -155,24 +153,9 @@ class PassageIndex:
         sums by its shape, the last bit of a score can differ.  ``torch.set_float32_matmul_precision("medium")`` is
         faster on processors with AMX: the vectors are then rounded to bfloat16 (8 bits) in the products.
         """
-        _check(queries, self, mode, top_k)
-        if excluded is not None and np.shape(excluded) != (len(queries),):
-            raise ValueError(f"excluded must have the shape ({len(queries)},), not {np.shape(excluded)}")
-        if mode == "hybrid":
-            sides = (self._search(queries, side, top_k, excluded) for side in ("dense", "sparse"))
-            return hybrid_search(*sides, top_k)
-        scores, indices = self._search(queries, mode, top_k, excluded)
-        return scores, np.where(scores > 0, indices, -1) if mode == "sparse" else indices
-
-    def _search(self, queries: Representations, mode: str, top_k: int, excluded: np.ndarray | None) -> Ranking:
-        if mode == "sparse":
-            score = partial(sparse_scores, queries.sparse)
-        elif mode == "mean" or queries.vectors == self.vectors == 1:
-            score = partial(mean_scores, torch.from_numpy(mean_vectors(queries)))
-        else:
-            score = MaxSim(queries, self.vectors)
-        parts = self.parts("sparse" if mode == "sparse" else "dense")
-        return best_passages(score, parts, len(queries), len(self), top_k, excluded)
+        kinds = kinds_of(mode, queries.vectors, self.vectors)
+        side = None if mode == "hybrid" else "sparse" if mode == "sparse" else "dense"
+        return in_mode(mode, search_parts(queries, self.parts(side), kinds, top_k, excluded), top_k)
 
 
 def _save(part: Representations, folder: Path, storage: str) -> None:
@@ -204,17 +187,6 @@ def _decoded(stored: np.ndarray | None, scales: np.ndarray | None) -> np.ndarray
         return stored
     dense = torch.from_numpy(stored).float()
     return (dense if scales is None else dense.mul_(torch.from_numpy(scales)[..., None])).numpy()
-
-
-def _check(queries: Representations, passages: PassageIndex, mode: str, top_k: int) -> None:
-    rank(queries[:0], Representations(None, np.zeros(0, int), None, passages.origin), mode, top_k)  # its own checks
-    for side in ("dense", "sparse") if mode == "hybrid" else ("sparse" if mode == "sparse" else "dense",):
-        asked = getattr(queries, side)
-        held = passages.hidden if side == "dense" else passages.vocabulary
-        if asked is None or not held:
-            raise ValueError(f"the {'queries' if asked is None else 'passages'} have no {side} side")
-        if asked.shape[-1] != held:
-            raise ValueError(f"the widths of the {side} sides differ: queries {asked.shape} and passages of {held}")
 
 
 class FaissIndex:
@@ -271,7 +243,7 @@ class FaissIndex:
         """
         if self.over != "mean":
             raise ValueError(f"single-vector search needs an index over the mean, not over {self.over!r}")
-        _check(queries, self.passages, "mean", top_k)
+        self._check(queries, top_k)
         scores, indices = self._nearest(mean_vectors(queries), top_k, parameters)
         query, place = np.nonzero(indices >= 0)
         return to_ranking([(query, indices[query, place], scores[query, place])], len(queries), scores.shape[1])
@@ -284,7 +256,7 @@ class FaissIndex:
         """
         if self.over == "mean":
             return self.search(queries, count, **parameters)[1]
-        _check(queries, self.passages, "dense", count)
+        self._check(queries, count)
         n, (query, slot) = len(self.passages), np.nonzero(np.arange(queries.vectors) < queries.lengths[:, None])
         scores, found = self._nearest(queries.dense[query, slot], count, parameters)
         vector, place = np.nonzero(found >= 0)
@@ -294,6 +266,11 @@ class FaissIndex:
         pairs, where = np.unique(query[vector[first]] * n + passage[first], return_inverse=True)
         total = np.bincount(where, scores[vector, place][first].clip(min=0), len(pairs)).astype(np.float32)
         return to_ranking([(pairs // n, pairs % n, total)], len(queries), min(count, n))[1]
+
+    def _check(self, queries: Representations, count: int) -> None:
+        whole_number("top_k", count)
+        held = np.empty((0, self.passages.vectors, self.passages.hidden), np.float32)
+        check_sides(queries, Representations(held, np.zeros(0, int), None, self.passages.origin), ["mean"])
 
     def _nearest(self, vectors: np.ndarray, count: int, parameters: Mapping[str, int]) -> Ranking:
         _set(self.index, parameters)

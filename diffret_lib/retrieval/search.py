@@ -5,7 +5,7 @@ Memory is bounded by a block of passages.  Ties are broken the same way everywhe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -21,6 +21,8 @@ PASSAGES = 1024
 QUERY_VECTORS, BLOCK = 512, 1 << 18
 MODES = ("dense", "sparse", "hybrid")
 RANK_MODES = ("dense", "mean", "sparse", "hybrid")
+#: What a ranking is made of.
+KINDS = ("maxsim", "mean", "sparse")
 #: The mode in which pairs (Kq, Kp) are selected and negatives are mined.
 SELECTION_MODE = "hybrid"
 
@@ -31,52 +33,73 @@ Found = tuple[np.ndarray, np.ndarray, np.ndarray]
 Score = Callable[[Representations], torch.Tensor]
 
 
-def maxsim_search(
-    queries: Representations, passages: Representations, top_k: int, excluded: np.ndarray | None = None
-) -> Ranking:
-    """Find the best passages by MaxSim: the sum over query vectors of the largest dot product with a passage's vectors.
+def search_parts(
+    queries: Representations, parts: Iterable[Representations], kinds: Sequence[str], top_k: int,
+    excluded: np.ndarray | None = None, start: int = 0,
+) -> dict[str, Ranking]:  # fmt: skip
+    """Find the best of passages that come in parts, which are seen once, by each of some :data:`KINDS` of scores.
 
-    Each largest dot product is clamped at 0 from below, as the paper's reference does.  So a text's missing
-    vectors, which are zero, change no score.  Scores are float32.  ``excluded`` is as for :func:`rank`.  ValueError: a
-    side has no dense vectors, their sizes differ, or scores are not finite.
+    "maxsim" is the sum over query vectors of the largest dot product with a passage's vectors, each clamped at 0 from
+    below, as the paper's reference does: a text's missing vectors, which are zero, change no score.  "mean" is the dot
+    product of the means of each side's vectors, "sparse" that of the sparse weights, passages of score 0 among them.
+    Scores are float32.  The first passage has the index ``start``; ``excluded`` is as for :func:`rank`.  ValueError: a
+    side is missing, sizes or origins do not fit, or scores are not finite.
     """
-    _check(queries, passages, "dense")
-    return _search(MaxSim(queries, passages.vectors), queries, passages, top_k, excluded)
+    best = {kind: _Best(len(queries), whole_number("top_k", top_k), excluded) for kind in kinds}
+    scores: dict[str, Score] = {}
+    end = start
+    for part in parts:
+        check_sides(queries, part, kinds)
+        for kind in kinds if len(queries) and len(part) else ():
+            scores.setdefault(kind, _scores(kind, queries, part.vectors))
+            best[kind].add(scores[kind](part), end)
+        end += len(part)
+    return {kind: found.ranking(end - start if len(queries) else 0) for kind, found in best.items()}
 
 
-def single_search(
-    queries: Representations, passages: Representations, top_k: int, excluded: np.ndarray | None = None
-) -> Ranking:
-    """Find the best passages by the dot product of the means of each side's vectors; else as :func:`maxsim_search`."""
-    _check(queries, passages, "dense")
-    return _search(partial(mean_scores, torch.from_numpy(mean_vectors(queries))), queries, passages, top_k, excluded)
+def search(
+    queries: Representations, passages: Representations, kinds: Sequence[str], top_k: int,
+    excluded: np.ndarray | None = None,
+) -> dict[str, Ranking]:  # fmt: skip
+    """Find the best passages as :func:`search_parts` does."""
+    dense, sparse = (passages.dense if {"maxsim", "mean"} & {*kinds} else None), passages.sparse
+    only = Representations(dense, passages.lengths, sparse if "sparse" in kinds else None, passages.origin)
+    return search_parts(queries, shards_of(only), kinds, top_k, excluded)
 
 
-def sparse_search(
-    queries: Representations, passages: Representations, top_k: int, excluded: np.ndarray | None = None
-) -> Ranking:
-    """Find the best passages by the dot product of the sparse weights, also those of score 0."""
-    _check(queries, passages, "sparse")
-    only = Representations(None, passages.lengths, passages.sparse)
-    return _search(partial(sparse_scores, queries.sparse), queries, only, top_k, excluded)
+def kinds_of(mode: str, k_query: int, k_passage: int) -> tuple[str, ...]:
+    """The :data:`KINDS` of scores that a mode is made of; ValueError: an unknown mode."""
+    if mode not in RANK_MODES:
+        raise ValueError(f"mode must be one of {', '.join(RANK_MODES)}, not {mode!r}")
+    dense = "mean" if mode == "mean" or k_query == k_passage == 1 else "maxsim"
+    return {"hybrid": (dense, "sparse"), "sparse": ("sparse",)}.get(mode, (dense,))
 
 
-def _search(
-    score: Score, queries: Representations, passages: Representations, top_k: int, excluded: np.ndarray | None
-) -> Ranking:
-    only = passages if passages.dense is None else Representations(passages.dense, passages.lengths)
-    return best_passages(score, shards_of(only), len(queries), len(passages), top_k, excluded)
+def in_mode(mode: str, found: Mapping[str, Ranking], top_k: int) -> Ranking:
+    """The ranking of a mode, made of those of its kinds (:func:`kinds_of`)."""
+    dense = found.get("mean" if mode == "mean" else "maxsim", found.get("mean"))
+    if mode == "hybrid":
+        return hybrid_search(dense, found["sparse"], top_k)
+    if mode == "sparse":
+        scores, indices = found["sparse"]
+        return scores, np.where(scores > 0, indices, -1)
+    return dense
 
 
-def best_passages(
-    score: Score, parts: Iterable[Representations], n_queries: int, n: int, top_k: int, excluded: np.ndarray | None
-) -> Ranking:
-    """The best of ``n`` passages that come in parts, by ``score(part)``: float32 (n_queries, passages of the part)."""
-    best, start = _Best(n_queries, whole_number("top_k", top_k), excluded), 0
-    for part in parts if n_queries else ():
-        best.add(score(part), start)
-        start += len(part)
-    return best.ranking(n if n_queries else 0)
+def merged(rankings: Sequence[Ranking], top_k: int) -> Ranking:
+    """The best of several rankings of different passages for the same queries."""
+    found = []
+    for scores, indices in rankings:
+        query, place = np.nonzero(indices >= 0)
+        found.append((query, indices[query, place], scores[query, place]))
+    return to_ranking(found, len(rankings[0][0]), min(top_k, sum(ranking[0].shape[1] for ranking in rankings)))
+
+
+def _scores(kind: str, queries: Representations, vectors: int) -> Score:
+    if kind == "sparse":
+        return partial(sparse_scores, queries.sparse)
+    mean = kind == "mean"
+    return partial(mean_scores, torch.from_numpy(mean_vectors(queries))) if mean else MaxSim(queries, vectors)
 
 
 def shards_of(encoded: Representations, size: int = PASSAGES) -> Iterator[Representations]:
@@ -98,12 +121,19 @@ def _filled(side: Representations, rows: slice = slice(None)) -> np.ndarray:
     return part if part.flags.writeable else part.copy()
 
 
-def _check(queries: Representations, passages: Representations, side: str) -> None:
-    asked, held = getattr(queries, side), getattr(passages, side)
-    if asked is None or held is None:
-        raise ValueError(f"the {'queries' if asked is None else 'passages'} have no {side} side")
-    if asked.shape[-1] != held.shape[-1]:
-        raise ValueError(f"the widths of the {side} sides differ: queries {asked.shape} and passages {held.shape}")
+def check_sides(queries: Representations, passages: Representations, kinds: Sequence[str]) -> None:
+    """Refuse sides that are missing, or do not fit each other (ValueError)."""
+    asked, held = queries.origin, passages.origin
+    if asked and held and (asked.side, held.side, asked.space) != ("query", "passage", held.space):
+        sides = f"queries ({asked.side} side of {asked.system}) and passages ({held.side} side of {held.system})"
+        raise ValueError(f"{sides} cannot be compared: swapped, or of different weights, readers or vocabularies")
+    for side in sorted({"sparse" if kind == "sparse" else "dense" for kind in kinds}):
+        asked, held = getattr(queries, side), getattr(passages, side)
+        if asked is None or held is None:
+            raise ValueError(f"the {'queries' if asked is None else 'passages'} have no {side} side")
+        if asked.shape[-1] != held.shape[-1]:
+            sizes = f"{asked.shape[-1]} of the queries, {held.shape[-1]} of the passages"
+            raise ValueError(f"the widths of the {side} sides differ: {sizes}")
 
 
 def sparse_scores(asked: sp.csr_matrix, part: Representations) -> torch.Tensor:
@@ -151,7 +181,9 @@ class MaxSim:
 class _Best:
     """The best passages of each query, from scores that come in the order of the passages."""
 
-    def __init__(self, n_queries: int, top_k: int, excluded: np.ndarray | None = None) -> None:
+    def __init__(self, n_queries: int, top_k: int, excluded: np.ndarray | None) -> None:
+        if excluded is not None and np.shape(excluded) != (n_queries,):
+            raise ValueError(f"excluded must have the shape ({n_queries},), not {np.shape(excluded)}")
         self.top_k, self.excluded, self.pending = top_k, excluded, 0
         #: The score that a passage must exceed: of equal ones the earlier stays.
         self.least = torch.full((n_queries, 1), -torch.inf)
@@ -164,7 +196,7 @@ class _Best:
         if not (most.isfinite() & scores.amin(1, keepdim=True).isfinite()).all():
             raise ValueError(f"scores of the passages {start}..{end} are not finite")
         least = self.least
-        if start == 0 and end > self.top_k + 1:  # fewer to sort than all; one more for the excluded one
+        if not self.found and end - start > self.top_k + 1:  # fewer to sort than all; one more for the excluded one
             least = scores.topk(self.top_k + 1).values[:, -1:].nextafter(torch.tensor(-torch.inf))
         (rows,) = (most > least)[:, 0].nonzero(as_tuple=True)  # in most blocks, of few queries
         above = scores[rows] > least[rows]
@@ -249,23 +281,8 @@ def rank(
     never counts for a query (-1: none), as :attr:`Collection.excluded` has it.  ValueError: an unknown mode, a side
     that is missing, shapes or origins that do not fit, or a ``top_k`` that is no whole number of at least 1.
     """
-    if mode not in RANK_MODES:
-        raise ValueError(f"mode must be one of {', '.join(RANK_MODES)}, not {mode!r}")
-    whole_number("top_k", top_k)
-    if excluded is not None and np.shape(excluded) != (len(queries),):
-        raise ValueError(f"excluded must have the shape ({len(queries)},), not {np.shape(excluded)}")
-    asked, held = queries.origin, passages.origin
-    if asked and held and (asked.side, held.side, asked.space) != ("query", "passage", held.space):
-        sides = f"queries ({asked.side} side of {asked.system}) and passages ({held.side} side of {held.system})"
-        raise ValueError(f"{sides} cannot be compared: swapped, or of different weights, readers or vocabularies")
-    if not len(queries) or not len(passages):
-        return np.zeros((len(queries), 0)), np.zeros((len(queries), 0), np.int64)
-
-    dense = single_search if mode == "mean" or queries.vectors == passages.vectors == 1 else maxsim_search
-    if mode == "hybrid":
-        return hybrid_search(*(search(queries, passages, top_k, excluded) for search in (dense, sparse_search)), top_k)
-    scores, indices = (sparse_search if mode == "sparse" else dense)(queries, passages, top_k, excluded)
-    return scores, np.where(scores > 0, indices, -1) if mode == "sparse" else indices
+    kinds = kinds_of(mode, queries.vectors, passages.vectors)
+    return in_mode(mode, search(queries, passages, kinds, top_k, excluded), top_k)
 
 
 def to_results(

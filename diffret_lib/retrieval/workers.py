@@ -1,16 +1,17 @@
 """Encoding by several processes or machines, on `Ray <https://docs.ray.io>`_ (the extra ``diffret[ray]``).
 
-A worker encodes whole shards into the cache; who wants the representations reads them from there.  So a shard is
-committed as any entry of the cache is, a worker that dies costs the shard that it was on, and several runs share one
-cache.  On several machines ``DIFFRET_CACHE`` is a folder that all of them see.
+A worker puts whole shards into the cache; who wants them reads them from there.  So a shard is committed as any entry
+of the cache is, a worker that dies costs the shard that it was on, and several runs share one cache.  On several
+machines ``DIFFRET_CACHE`` is a folder that all of them see.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,53 +42,69 @@ def asked() -> int | None:
 def encode_shards(
     retriever: systems.Retriever, texts: Sequence[str], side: Side, counts: Sequence[int] | None = None
 ) -> None:
-    """Put the shards of an encoding into the cache, by the workers that the environment asks for (:func:`asked`).
+    """Put the shards of an encoding into the cache, by the workers that the environment asks for (:func:`spread`).
 
     What ``retriever.encode(texts, side, cached=True)`` (or ``encode_counts`` for several ``counts``) does afterwards is
-    to read them.  Nothing is done for a single shard, or where no worker is asked for.  ImportError: Ray is missing.
+    to read them.
     """
-    workers, starts = asked(), range(0, len(texts), systems.SHARD_TEXTS)
+    name = f"encoding {'queries' if side == 'query' else 'passages'}"
+    spread(retriever, partial(_encode, texts, side, counts), len(texts), systems.SHARD_TEXTS, name)
+
+
+def _encode(
+    texts: Sequence[str], side: Side, counts: Sequence[int] | None, retriever: systems.Retriever, rows: slice
+) -> None:
+    if counts is None:
+        retriever.encode(texts[rows], side, cached=True, progress=False)
+    else:
+        retriever.encode_counts(texts[rows], side, counts, cached=True, progress=False)
+
+
+def spread(
+    retriever: systems.Retriever, task: Callable[[systems.Retriever, slice], object], n: int, size: int, name: str
+) -> None:
+    """Call ``task(retriever, rows)``, which puts its result into the cache, for each ``size`` rows of ``n`` by workers.
+
+    The environment asks for workers (:func:`asked`), each of which has a copy of the backbone.  Nothing is done without
+    any, or where ``size`` rows are all.  ``name`` is what the progress bar says.  ImportError: Ray is missing.
+    """
+    workers, starts = asked(), range(0, n, size)
     if workers == 0 or len(starts) < 2:
         return
     ray = _connected(workers)
     backbone, gpus = retriever.backbone, int(retriever.backbone.device.type == "cuda")
     there = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1))
     workers = max(1, min(len(starts), workers or there))
-    sent = ray.put(replace(backbone, model=copy.deepcopy(backbone.model).cpu()) if gpus else backbone)
-    how = sent, backbone.device.type, type(retriever), retriever._settings, side, counts
-    shards = [{"shard": list(texts[start : start + systems.SHARD_TEXTS])} for start in starts]
-    rows = ray.data.from_items(shards, override_num_blocks=len(shards))
+    sent = replace(backbone, model=copy.deepcopy(backbone.model).cpu()) if gpus else backbone
+    how = ray.put(sent), backbone.device.type, type(retriever), retriever._settings, ray.put(task)
+    rows = ray.data.from_items([{"start": start} for start in starts], override_num_blocks=len(starts))
     done = rows.map_batches(
-        ShardEncoder, fn_constructor_args=how, batch_size=1, num_cpus=1, num_gpus=gpus, concurrency=workers
+        Worker, fn_constructor_args=(*how, n, size), batch_size=1, num_cpus=1, num_gpus=gpus, concurrency=workers
     )
-    name = f"{retriever.name}: encoding {'queries' if side == 'query' else 'passages'}, {workers} workers"
-    with tqdm(total=len(texts), desc=name, unit="text") as bar:
+    with tqdm(total=n, desc=f"{retriever.name}: {name}, {workers} workers", unit="text") as bar:
         for batch in done.iter_batches(batch_size=1):
             bar.update(int(batch["texts"].sum()))
 
 
-class ShardEncoder:
-    """The actor: a retriever on its own copy of the backbone, which encodes a shard into the cache."""
+class Worker:
+    """The actor: a retriever on its own copy of the backbone, which does a task for some rows."""
 
     def __init__(
-        self, backbone: Any, device: str, kind: type[systems.Retriever], settings: dict[str, Any], side: Side,
-        counts: Sequence[int] | None,
+        self, backbone: Any, device: str, kind: type[systems.Retriever], settings: dict[str, Any], task: Any,
+        n: int, size: int,
     ) -> None:  # fmt: skip
         import ray
 
         torch.set_num_threads(1 if device == "cpu" else torch.get_num_threads())
         loaded: LoadedBackbone = ray.get(backbone)
         self.retriever = kind(replace(loaded, model=loaded.model.to(device)), **settings)
-        self.side, self.counts = side, counts
+        self.task, self.n, self.size = ray.get(task), n, size
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for shard in batch["shard"]:
-            how = list(shard), self.side
-            if self.counts is None:
-                self.retriever.encode(*how, cached=True, progress=False)
-            else:
-                self.retriever.encode_counts(*how, self.counts, cached=True, progress=False)
-        return {"texts": [len(shard) for shard in batch["shard"]]}
+        ends = [(int(start), min(int(start) + self.size, self.n)) for start in batch["start"]]
+        for start, end in ends:
+            self.task(self.retriever, slice(start, end))
+        return {"texts": [end - start for start, end in ends]}
 
 
 def _connected(workers: int | None) -> Any:
