@@ -6,12 +6,14 @@ import random
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from diffret_lib.experiments.stages import in_words
 from diffret_lib.models.backbones import load_backbone, make_bidirectional
 from diffret_lib.models.prompts import RetrievalPrompt
 from diffret_lib.training import adaptation
@@ -453,6 +455,17 @@ def test_stages_and_starting_again(folder, tokenizer, tmp_path, monkeypatch):
         assert run(RECIPE, **other) != [first]
     with pytest.raises(ValueError, match="no sequence of 16 tokens"):
         run(RECIPE, texts=["a heap"])
+
+
+def test_what_the_stages_add_in_words():
+    names = ["parent", "text", "prompt"]
+    losses = pd.DataFrame({"backbone": names, "text": "English", "50% masked": [8.0, 4.0, 3.25]})
+    rows = [(name, "DiffRetriever", k, 0.125 * k + i / 10) for i, name in enumerate(names) for k in (1, 4)]
+    table = pd.DataFrame([("", "BM25", 1, 0.9), *rows], columns=["backbone", "system", "K", "dense"])
+    text = in_words(losses, table)
+    assert "at 50% masked its held-out cross-entropy goes from 8.00 to 3.25 nats on English" in text
+    assert "from 0.125 to 0.225 by plain text, and to 0.325 after the prompt (K = 1); from 0.500 to 0.600" in text
+    assert "from 0.125 to 0.325 after the prompt (K = 1)" in in_words(losses, table[table["backbone"] != "text"])
 
 
 def test_exported_adapter(folder, rows, tmp_path):

@@ -191,7 +191,7 @@ def learnable(n: int, signal: float, seed: int) -> tuple[pd.DataFrame, pd.DataFr
 def outcome(values: pd.DataFrame, chosen: np.ndarray | int, resamples: int = 50) -> pd.DataFrame:
     """The table for a default of 4 and a chance level of a half."""
     chosen, chance = (pd.Series(given, values.index) for given in (chosen, 0.5))
-    return allocator_table(values, chosen, 4, chance, resamples)
+    return allocator_table(values, chosen, 4, chance, values.index.unique(0), resamples)
 
 
 def test_what_can_be_learned_is_learned():
@@ -264,8 +264,12 @@ def test_allocator_table_by_hand():
     values = pd.DataFrame({1: [0.2, 0.9, 0.5, 0.0, 0.6], 4: [0.4, 0.5, 0.5, 0.2, 0.3]}, index)
     chosen = pd.Series([4, 1, 1, 1, 4], index).sample(frac=1, random_state=0)
     chance = pd.Series([0.1, 0.1, 0.02, 0.0, 0.04], index)
-    table = allocator_table(values, chosen, 4, chance, 500).set_index("collection")
+    table = allocator_table(values, chosen, 4, chance, ["c", "d"], 500).set_index("collection")
     assert list(table.index) == ["c", "d", "macro"] and table["queries"].tolist() == [2, 3, 5]
+    own = allocator_table(values[::-1], chosen, 4, chance, ["d"], 500).set_index("collection")
+    assert list(own.index) == ["d", "c", "macro"] and own["queries"].tolist() == [3, 2, 3]
+    assert own.loc["macro", "gain"] == own.loc["d", "gain"] == pytest.approx(-0.2 / 3)
+    assert own.loc["macro", "p"] == paired(pd.Series([0, -0.2, 0], index[2:]), 500)["p"]
     expected = {
         "selected": [0.45, 1 / 3], "adaptive": [0.65, 0.8 / 3], "oracle_kq": [0.65, 1.3 / 3], "headroom": [0.2, 0.1],
         "gain": [0.2, -0.2 / 3], "chance": [0.1, 0.02], "mean_kq": [2.5, 2], "changed": [1 / 2, 2 / 3],
@@ -302,7 +306,7 @@ def test_from_a_study_to_the_words(world):  # noqa: F811
 def test_words_when_nothing_is_closed():
     values = pd.DataFrame({1: [0.2, 0.9, 0.5], 4: [0.4, 0.5, 0.5]}, queries_of(3))
     text = allocator_answer(outcome(values, 4))
-    assert "it never leaves the default" in text and "headroom of 0.133, 0.500 of it chance" in text
+    assert "never leaves the default Kq" in text and not any(c.isdigit() for c in text)
     loses = allocator_answer(outcome(values, np.array([1, 4, 4])))
     assert "changes for 33% of the queries and moves nDCG@10 by **-0.0667**" in loses and "(p = 1;" in loses
-    assert loses.endswith("no clear difference.")
+    assert loses.endswith("headroom of 0.133, 0.500 of it chance: no clear difference.")

@@ -187,8 +187,7 @@ def test_all_systems(root, monkeypatch):
     table = training_summary(list(results.values()), {"RepLLaMA": 2.0})
     assert table["system"].tolist() == list(SYSTEMS) and (table["steps"] == 5).all()
     assert table["best_step"].isin([2, 4, 5]).all()
-    assert (table["undertrained"] == (table["dev_best"] <= table["dev_zero_shot"])).sum() >= 5
-    assert table.set_index("system")["undertrained"]["RepLLaMA"]  # no nDCG is as high as 2
+    assert table.set_index("system")["dev_mean_pooled"].dropna().to_dict() == {"RepLLaMA": 2.0}
     curves = pd.concat([pd.DataFrame(result.curve).assign(system=name) for name, result in results.items()])
     assert curves[curves["step"] > 0]["loss"].notna().all() and len(curves) == 6 * 6
     # the same steps on the same rows teach every system something on them

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from seaborn.utils import relative_luminance
 
 from diffret_lib.experiments.claims import CONTRADICTED, DIFFERENCE, INCONCLUSIVE, RATIO, SUPPORTED
 from diffret_lib.report import figures
@@ -71,14 +72,26 @@ def test_grid_has_one_scale_and_marks_the_pair():
     np.testing.assert_allclose([ax.collections[0].get_clim() for ax in fig.axes], [(0.11, 0.44)] * 4)
     assert all([(p.get_x(), p.get_y()) for p in ax.patches] == [(2, 1)] for ax in fig.axes)
     assert not any(ax.patches for ax in figures.grid(grid(), "three").axes)
+    for ax in fig.axes:  # a number is readable on its cell
+        cells = [relative_luminance(colour) for colour in ax.collections[0].get_facecolors()]
+        texts = [relative_luminance(text.get_color()) for text in ax.texts]
+        assert len(cells) == len(texts) == 9
+        assert min((max(a, b) + 0.05) / (min(a, b) + 0.05) for a, b in zip(cells, texts)) > 4.5
 
 
 def test_effectiveness_and_collections():
     table = evaluated()
     means = table.groupby(["training", "system", "mode"], sort=False)["value"].mean().reset_index()
+    tuned = means["training"] == "fine-tuned"
+    means = pd.concat([means[~tuned], means[tuned][::-1]])
     fig = figures.effectiveness(means.assign(low=means["value"] - 0.05, high=means["value"] + 0.05))
     legible(fig)
     assert [ax.get_title() for ax in fig.axes] == ["zero-shot", "fine-tuned"]
+    orders = [[label.get_text() for label in ax.get_yticklabels()] for ax in fig.axes]
+    assert orders[0] == orders[1] and len(orders[0]) == 9  # whatever the order of the fine-tuned ones
+    bm25 = means[means["system"] == "BM25"]["value"]
+    dashed = [[line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"] for ax in fig.axes]
+    assert dashed == [list(bm25)] * 2
     fig = figures.per_collection(table)
     legible(fig)
     points = np.concatenate([ax.collections[0].get_offsets() for ax in fig.axes])
@@ -103,12 +116,11 @@ def test_oracle(intervals):
 
 
 def test_chance():
-    numbers = {"value": 0.02, "low": -0.01, "high": 0.05, "p": [np.nan, 0.01], "queries": 240}
-    kinds = {"method": ["raw", "random twins"], "kind": ["headroom", "beyond chance"], "reference": "best fixed"}
-    legible(figures.oracle_chance(pd.DataFrame(kinds | numbers)))
     fig = figures.chance_levels(np.linspace(0.01, 0.03, 100), 0.04)
     legible(fig)
     assert fig.axes[0].lines[0].get_xdata() == [0.04, 0.04]
+    (label,), bars = fig.axes[0].texts, fig.axes[0].get_window_extent()
+    assert label.get_window_extent().y0 >= bars.y1  # it lies on no bar
     legible(figures.distribution(pd.DataFrame(np.eye(3) * 33, [1, 2, 4], [1, 2, 4])))
     rows = pd.DataFrame({"collection": [*COLLECTIONS, "macro"], "selected": 0.5, "adaptive": 0.55, "oracle_kq": 0.6})
     legible(figures.allocator(rows))
@@ -148,8 +160,13 @@ def test_latencies():
     legible(fig)
     labels = [text.get_text() for text in fig.legends[0].get_texts()]
     assert set(labels) == {"DiffRetriever", "PromptReps, forced", "PromptReps, as answered"} and len(fig.axes) == 2
-    numbers = {"low": 1.0, "high": np.nan, "index": ["MaxSim", "sparse"] * 2, "vectors": [100, 100, 1000, 1000]}
-    legible(figures.latency_length(latencies(), pd.DataFrame({"value": [1.0, 2.0, 30.0, np.nan]} | numbers)))
+    assert fig.axes[0].get_xticks().tolist() == [1, 4, 8, 16, 20]
+    marked = [line for line in fig.axes[0].lines if line.get_marker() != "None"]
+    assert sorted(len(set(line.get_xdata())) for line in marked)[-3:] == [1, 3, 3]  # what is answered is one point
+    numbers = {"low": 1.0, "high": np.nan, "index": ["MaxSim", "sparse"] * 2, "passages": [12, 100, 125, 1000]}
+    fig = figures.latency_length(latencies(), pd.DataFrame({"value": [1.0, 2.0, 30.0, np.nan]} | numbers))
+    legible(fig)
+    assert fig.axes[0].get_xticks().tolist() == [16, 64] and fig.axes[1].get_xticks().tolist() == [12, 100]
 
 
 def test_effectiveness_against_latency_links_single_to_multi():
@@ -171,6 +188,7 @@ def test_training():
     legible(fig)
     assert len(fig.axes) == 2 * len(SYSTEMS)
     assert all(list(ax.lines[-1].get_ydata()) == [0.3, 0.3] for ax in fig.axes[1::2])  # the zero-shot level
+    assert {ax.get_ylim() for ax in fig.axes[1::2]} == {(0.25, 0.55)}  # one scale
     legible(figures.training_curves(table.drop(columns="repetition")))
     cells = product((("documentation", 4.0), ("answers", 3.0)), ("documentation", "English"))
     about = {"stage": "documentation", "tokens_seen": 1000}, {"stage": "answers", "tokens_seen": 500}
@@ -186,4 +204,11 @@ def test_training():
 
 def test_alignment_of_many_masks():
     names = [f"{i} word" for i in range(16)]
-    legible(figures.alignment(pd.DataFrame(np.random.default_rng(0).random((16, 16)), names, names), "rank 1: p"))
+    products = pd.DataFrame(np.random.default_rng(0).random((16, 16)), names, names)
+    fig = figures.alignment(products, "rank 1: p")
+    legible(fig)
+    assert not fig.axes[0].texts
+    fig = figures.alignment(products.iloc[:2, :8])
+    fig.canvas.draw()
+    boxes = [text.get_window_extent() for text in fig.axes[0].texts[:8]]
+    assert len(boxes) == 8 and all(a.x1 < b.x0 for a, b in pairwise(boxes))  # numbers do not run together

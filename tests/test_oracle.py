@@ -262,9 +262,10 @@ def test_fine_tuned_values_of_the_evaluation(tmp_path):
 
 def test_distribution_of_the_best_pairs():
     values = {"q1": (0.5, 0.8, 0.8, 0.8), "q2": (1.0, 1.0, 1.0, 1.0), "q3": (0.2, 0.6, 0.4, 0.1), "q4": (0, 0, 1, 0)}
-    shares = pair_distribution(per_query_best(frame(values)), [1, 2])
-    np.testing.assert_allclose(shares.to_numpy(), [[0, 200 / 3], [100 / 3, 0]])  # q2, on which all tie, does not count
-    nothing = pair_distribution(per_query_best(frame({"q": (1, 1, 1, 1)})), [1, 2])
+    shares = pair_distribution(frame(values), [1, 2])
+    # q2, on which all tie, does not count; q1 is shared by three
+    np.testing.assert_allclose(shares.to_numpy(), [[0, 400 / 9], [400 / 9, 100 / 9]])
+    nothing = pair_distribution(frame({"q": (1, 1, 1, 1)}), [1, 2])
     assert nothing.to_numpy().tolist() == [[0, 0], [0, 0]]
 
 
@@ -277,7 +278,6 @@ def test_from_a_study_to_the_figures(world):  # noqa: F811
     np.testing.assert_allclose(table["oracle"], best[table["collection"]])
     labelled(figures.oracle(table))
     chance = oracle_chance(queries, twins, s.out_of_domain, resamples=50)
-    labelled(figures.oracle_chance(chance))
     labelled(figures.chance_levels(*twin_levels(twins, s.out_of_domain)))
     beyond, text = chance.loc[2], oracle_answer(chance)
     assert f"**{beyond['value']:+.3f}** [{beyond['low']:+.3f}, {beyond['high']:+.3f}]" in text and "nan" not in text

@@ -188,7 +188,7 @@ def test_notebook_runs_and_reacts(folder, tmp_path, monkeypatch):
     (beir / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "heap"}) + "\n")
     (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t1\n")
     given = {"profile": "smoke", "collection": str(beir), "results_root": str(tmp_path)}
-    given |= {"query": "tree", "pair": (4, 4)}
+    given |= {"pair": (4, 4)}
     space: dict = {"__name__": "__main__"}
     shown: list = []
     monkeypatch.setattr("IPython.display.display", lambda *objects, **_: shown.extend(objects))
@@ -202,8 +202,9 @@ def test_notebook_runs_and_reacts(folder, tmp_path, monkeypatch):
     assert space["status"].value == ""
     working = []
     space["status"].observe(lambda change: working.append(change["new"]), "value")
-    looked = [o for o in shown if str(getattr(o, "data", "")).startswith("**tree** in ")]
-    assert len(looked) == 1  # the first result is computed once
+    looked = [o for o in shown if str(getattr(o, "data", "")).startswith("**heap** in ")]
+    assert len(looked) == 1  # the first judged query is looked into, once
+    assert shown.index(space["status"]) < shown.index(looked[0])
     for control, value in (("query", "sorted array"), ("k_query", 1), ("mode", "hybrid")):
         before = len(shown)
         space["controls"][control].value = value

@@ -191,12 +191,14 @@ class KAllocator(BaseEstimator):
 
 
 def allocator_table(
-    values: pd.DataFrame, chosen: pd.Series, default: int, chance: pd.Series, resamples: int = RESAMPLES, seed: int = 0
-) -> pd.DataFrame:
+    values: pd.DataFrame, chosen: pd.Series, default: int, chance: pd.Series, out_of_domain: Sequence[str],
+    resamples: int = RESAMPLES, seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
     """Compare the allocator with the default Kq and the oracle over Kq.
 
     ``values`` is from :func:`count_values`; ``chosen`` has the Kq of every query, and ``chance`` the chance level of
-    the oracle's headroom over Kq.  A row for each collection, and one for ``macro``, their mean.  Columns collection,
+    the oracle's headroom over Kq.  A row for each collection, and one for ``macro``, the mean of those out of domain.
+    Columns collection,
     queries, selected, adaptive, oracle_kq, headroom (oracle_kq less selected), chance, gain (adaptive less selected),
     low, high, p and detectable (of the macro gain, as of :func:`~diffret_lib.experiments.comparison.paired`), closed
     (gain / headroom; nan without any), mean_kq and changed (share that leaves the default).
@@ -208,11 +210,14 @@ def allocator_table(
     frame["chance"], frame["mean_kq"], frame["changed"] = chance.reindex(values.index), chosen, chosen != default
     groups = frame.astype(float).groupby(level="collection", sort=False)
     table = groups.mean()
-    table.loc["macro"] = table.mean()
-    table["queries"] = [*groups.size(), len(frame)]
+    table["queries"] = groups.size()
+    own = table.loc[list(out_of_domain)]
+    table.loc["macro"] = own.mean()
+    table["queries"] = [*groups.size(), own["queries"].sum()]
     # of a collection or a mean without headroom there is nothing to close
     table["closed"] = table["gain"] / table["headroom"].where(table["headroom"] > 1e-12)
-    found, tested = paired(frame["gain"], resamples, seed), ["low", "high", "p", "detectable"]
+    counted = frame["gain"][frame.index.isin(list(out_of_domain), level="collection")]
+    found, tested = paired(counted, resamples, seed), ["low", "high", "p", "detectable"]
     table.loc["macro", tested] = [found[name] for name in tested]
     order = "queries selected adaptive oracle_kq headroom chance gain low high p detectable closed mean_kq changed"
     return table[order.split()].rename_axis("collection").reset_index()
@@ -229,17 +234,19 @@ def allocate(study: Study, queries: pd.DataFrame) -> tuple[pd.DataFrame, pd.Data
     train = query_features(study, study.train_collection, pair).loc[known.index]
     features = pd.concat([query_features(study, c, pair) for c in study.grid_collections])
     allocator = KAllocator(default=pair[0], seed=seed).fit(train, known)
+    values = pd.concat([values.loc[[c.name]] for c in study.grid_collections])  # in the profile's order
     chosen = pd.Series(allocator.predict(features.loc[values.index]), values.index)
     chance = queries.set_index(QUERY)["chance_kq"]
-    return features, allocator.learned_, allocator_table(values, chosen, pair[0], chance, seed=seed)
+    outcome = allocator_table(values, chosen, pair[0], chance, study.out_of_domain, seed=seed)
+    return features, allocator.learned_, outcome
 
 
 def allocator_answer(outcome: pd.DataFrame) -> str:
     """One sentence (Markdown) on :func:`allocator_table`."""
+    if not outcome["changed"].any():
+        return "Without judgements the allocator never leaves the default Kq: no margin paid in cross-validation."
     macro = outcome.iloc[-1]
     verdict = ("a gain" if macro["gain"] > 0 else "a loss") if macro["p"] < 0.05 else "no clear difference"
-    if not macro["changed"]:
-        verdict = "it never leaves the default, as cross-validation found no margin that pays"
     return (
         f"Chosen without relevance judgements, Kq changes for {macro['changed']:.0%} of the queries and moves nDCG@10 "
         f"by **{macro['gain']:+.4f}** [{macro['low']:+.4f}, {macro['high']:+.4f}] (p = {macro['p']:.2g}; detectable "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from diffret_lib.data.collection import lexical_overlap
-from diffret_lib.experiments.study import Study, System, macro
+from diffret_lib.experiments.study import TEXT_ONLY, Study, System, macro
 from diffret_lib.retrieval.metrics import METRIC, holm, macro_average, macro_randomization_p
 from diffret_lib.retrieval.search import MODES, SELECTION_MODE
 from diffret_lib.retrieval.systems import BM25
@@ -269,17 +269,26 @@ COMPARISONS = (
     *(("DiffRetriever single", "PromptReps single", mode) for mode in MODES),
     *(("DiffRetriever multi", "PromptReps multi", mode) for mode in MODES),
 )
+#: The same on the backbone before it met the retrieval prompt.
+TEXT_ONLY_COMPARISONS = tuple(
+    (f"{better}{TEXT_ONLY}", f"{than}{TEXT_ONLY}", mode)
+    for better, than, mode in COMPARISONS
+    if better.startswith("DiffRetriever") and not than.startswith("PromptReps")
+)
 
 
-def planned_comparisons(systems: Sequence[System]) -> list[Comparison]:
-    """Those above, what fine-tuning adds to each system, and the same after it, where both systems are given."""
+def planned_comparisons(systems: Sequence[System], left_out: Collection[str] = ()) -> list[Comparison]:
+    """Those above, what fine-tuning adds to each system, and the same after it, where both systems are given.
+
+    ``left_out`` are names of systems (:func:`undertrained`) that are in no comparison.
+    """
     several = [f"{name} {form}" for name in ("DiffRetriever", "PromptReps") for form in ("single", "multi")]
     added = [*product(several, MODES), ("DiffEmbed", "dense")]
     after = [*COMPARISONS, *(("DiffRetriever multi", than, "dense") for than in ("DiffEmbed", "RepLLaMA"))]
-    planned = [*COMPARISONS, ("DiffEmbed", "Mean pooling", "dense")]
+    planned = [*COMPARISONS, *TEXT_ONLY_COMPARISONS, ("DiffEmbed", "Mean pooling", "dense")]
     planned += [(f"{name}, fine-tuned", name, mode) for name, mode in added]
     planned += [(f"{better}, fine-tuned", f"{than}, fine-tuned", mode) for better, than, mode in after]
-    names = {comparison_name(s.name, s.training) for s in systems}
+    names = {comparison_name(s.name, s.training) for s in systems} - {*left_out}
     return [comparison for comparison in planned if names.issuperset(comparison[:2])]
 
 
@@ -317,3 +326,55 @@ def compare_systems(
     above, clear = table["difference"] > 0, table["p_corrected"] < 0.05
     table["reading"] = np.select([clear & above, clear & ~above], ["better", "worse"], "no clear difference")
     return table
+
+
+def evaluation_answer(intervals: pd.DataFrame, comparisons: pd.DataFrame) -> str:
+    """Two sentences on :func:`system_intervals` and :func:`compare_systems`: the best systems, and masks zero-shot."""
+    values = intervals.set_index("system")["value"]
+    models = intervals[~intervals["system"].str.startswith("BM25")]
+    best = [models.loc[rows["value"].idxmax()] for _, rows in models.groupby("training", sort=False)]
+    leads = ", and ".join(f"{row['training']} {row['system']} ({row['mode']}) with {row['value']:.3f}" for row in best)
+    found = comparisons.set_index(["better", "than", "mode"])
+    asked = [("DiffEmbed", "DiffRetriever single", "dense")]
+    asked += [("DiffRetriever single", "DiffRetriever multi", mode) for mode in ("dense", "hybrid")]
+    gains = []
+    for than, better, mode in asked:
+        row = found.loc[(better, than, mode)]
+        gains.append(f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] ({mode})")
+    return (
+        f"Out of domain the best models by macro nDCG@10 are {leads}; BM25 has {values['BM25']:.3f}, and "
+        f"{values['BM25, cut text']:.3f} on the text that the others read. Zero-shot, one mask makes {gains[0]} over "
+        f"DiffEmbed, and several masks over one make {gains[1]} and {gains[2]}."
+    )
+
+
+def maxsim_over_mean(intervals: pd.DataFrame) -> str:
+    """A sentence on what MaxSim adds to the dot product of the mean vectors, for each system with several vectors."""
+    values = intervals.set_index(["system", "training", "mode"])["value"]
+    several = [key[:2] for key in values.index if key[2] == "mean"]
+    gains = [(f"{name}, {how}", values[name, how, "dense"] - values[name, how, "mean"]) for name, how in several]
+    return "MaxSim over the dot product of the mean vectors: " + "; ".join(f"{n} {g:+.3f}" for n, g in gains) + "."
+
+
+def ablation_answer(study: Study, losses: pd.DataFrame, shared: pd.DataFrame) -> str:
+    """Two sentences on the grid of the out-of-domain collections.
+
+    ``losses`` is :func:`transfer`, ``shared`` :func:`~diffret_lib.experiments.departures.shared_text_table`.
+    """
+    names = study.out_of_domain
+    cells = macro(study.test_grid[study.test_grid["collection"].isin(names)], [*PAIR, "mode"])
+    cells = cells.set_index([*PAIR, "mode"])["value"]
+    gain = [cells[(*study.selected, mode)] - cells[1, 1, mode] for mode in ("hybrid", "dense")]
+    lost, one_pass = losses[losses["collection"].isin(names)], "every number of masks has a pass of its own"
+    if len(shared):
+        own = shared[shared["collection"].isin(names) & (shared["mode"] == "hybrid")]
+        own = own.groupby("system")["reference"].mean()
+        apart = own["DiffRetriever multi"] - own["DiffRetriever single"]
+        one_pass = f"with a pass of its own for each number of masks (notebook 04) the hybrid gain is {apart:+.3f}"
+    return (
+        f"Training queries select (Kq, Kp) = {study.selected}, which changes macro nDCG@10 against one vector a side "
+        f"by {gain[0]:+.3f} (hybrid) and {gain[1]:+.3f} (dense) over {len(lost)} out-of-domain collections with "
+        f"{lost['queries'].sum():,} queries; {one_pass}. It loses {lost['held_out_loss'].mean():+.3f} on average "
+        f"against the pair that the other half of each collection's queries would choose ({lost['loss'].mean():+.3f} "
+        "in hindsight)."
+    )

@@ -35,6 +35,19 @@ def denoising_table(study: Study, steps: Sequence[int] = STEPS) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True).assign(**about, queries=len(collection.queries))[COLUMNS]
 
 
+def in_words(table: pd.DataFrame) -> str:
+    """A sentence or two on :func:`denoising_table`."""
+    values = table.pivot(index="steps", columns="mode", values="ndcg")
+    cost = table.drop_duplicates("steps").set_index("steps")["passage_ms"]
+    more = values.loc[values.index > 1, "hybrid"].max() > values.loc[1, "hybrid"]
+    said = "; ".join(f"{m} {', '.join(f'{v:.3f}' for v in values[m])}" for m in ("hybrid", "dense") if m in values)
+    times = " and ".join(f"{ratio:.1f}" for ratio in cost[cost.index > 1] / cost[1])
+    return (
+        f"More steps {'help' if more else 'do not help'} here: {said} at S = {', '.join(map(str, values.index))} "
+        f"({table['queries'].iloc[0]} training queries). A passage takes {times} times as long."
+    )
+
+
 def encoding_times(study: Study, steps: Sequence[int], pair: Pair) -> pd.DataFrame:
     """Median milliseconds of encoding one query and one passage with S steps: columns steps, query_ms, passage_ms."""
     collection = study.grid_collections[0]  # `measured` has it in the address

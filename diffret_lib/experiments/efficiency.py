@@ -120,7 +120,8 @@ def _retrievers(study: Study, timed: Collection[Timed], tokens: int) -> dict[Tim
 def latency(study: Study, selected: Pair) -> pd.DataFrame:
     """Time queries: encoding (tokenisation included), searching as many passages, and both, for each size of a batch.
 
-    Every system of the study at the counts that it uses, and others up to the profile's largest.  The index is dense
+    Every system of the study at the counts that it uses, the grid's most masks, PromptReps' N forced, and for encoding
+    alone others up to the profile's largest.  The index is dense
     (random vectors; the time does not depend on them), with a sparse one for systems that have that side.  Then
     passages: encoding one of each length, at the fewest and the most vectors.  Columns quantity ("encoding", "search",
     "end to end"), system, decoding, side, count (vectors of that side), k_passage, used (bool: by a system of the
@@ -131,15 +132,15 @@ def latency(study: Study, selected: Pair) -> pd.DataFrame:
     p, rows, device = study.profile.efficiency, [], study.backbone("diffusion").device
     shortest, most, n = min(p.text_tokens), max(study.profile.k_grid), study.profile.promptreps_vectors
     tuned = SYSTEMS["PromptReps multi"][1]["max_vectors"]
-    used = [("DiffRetriever", "", pair) for pair in dict.fromkeys([tuple(selected), (most, most)])]
-    used += [("PromptReps", how, (k, k)) for how, k in ((FORCED, tuned), (FORCED, n), (ANSWERED, n))]
-    known = {(system, pair[0]) for system, _, pair in used}
+    ways = (*MASKS, tuple(selected)), (*DECODED, (tuned, tuned)), ("PromptReps", ANSWERED, (n, n))
+    whole = list(dict.fromkeys([*ways, (*MASKS, (most, most)), (*DECODED, (n, n))]))
+    known = {(system, pair[0]) for system, _, pair in whole}
     curves = [(*way, (k, k)) for way in (MASKS, DECODED) for k in p.counts if k > 1 and (way[0], k) not in known]
     for batch in sorted(p.batch_sizes):
-        retrievers, texts = _retrievers(study, [*used, *curves], shortest), long_texts(study, shortest, batch)
+        retrievers, texts = _retrievers(study, [*whole, *curves], shortest), long_texts(study, shortest, batch)
         calls = {key: partial(_encode, retriever, texts, "query") for key, retriever in retrievers.items()}
         # an index for each system that the study has; the others are curves of encoding alone
-        searches, passages = _index(study, {pair for *_, pair in used} | {(1, 1)}, batch)
+        searches, passages = _index(study, {pair for *_, pair in whole} | {(1, 1)}, batch)
         times = interleaved(calls | searches, p.rounds, device, desc=f"{batch} queries at once")
         for timed, retriever in retrievers.items():
             spent = {ENCODING: (times[timed], times[timed[0], "", (1, 1)])}
@@ -149,15 +150,17 @@ def latency(study: Study, selected: Pair) -> pd.DataFrame:
                 spent[END_TO_END] = tuple(a + b for a, b in zip(spent[ENCODING], spent[SEARCH]))
             for quantity, both in spent.items():
                 indexed = 0 if quantity == ENCODING else passages
-                rows.append(_row(quantity, timed, "query", timed not in curves, batch, shortest, indexed, *both))
-    most = [max((t for t in used if t[:2] == way), key=lambda t: t[2][1]) for way in (MASKS, DECODED)]
+                used = timed in ways or timed[2] == (1, 1)
+                rows.append(_row(quantity, timed, "query", used, batch, shortest, indexed, *both))
+    most = [max((t for t in whole if t[:2] == way), key=lambda t: t[2][1]) for way in (MASKS, DECODED)]
     for tokens in sorted(p.text_tokens):
         retrievers, texts = _retrievers(study, most, tokens), long_texts(study, tokens, 1)
         calls = {key: partial(_encode, retriever, texts, "passage") for key, retriever in retrievers.items()}
         times = interleaved(calls, p.rounds, device, desc=f"a passage of {tokens} tokens")
         for timed in retrievers:
             both = times[timed], times[timed[0], "", (1, 1)]
-            rows.append(_row(ENCODING, timed, "passage", True, 1, tokens, 0, *both))
+            used = timed in ways or timed[2] == (1, 1)
+            rows.append(_row(ENCODING, timed, "passage", used, 1, tokens, 0, *both))
     return pd.DataFrame(rows)
 
 
@@ -197,18 +200,19 @@ def claim4_ratios(table: pd.DataFrame) -> pd.DataFrame:
 
 def in_words(ratios: pd.DataFrame) -> str:
     """Two sentences on :func:`claim4_ratios`: encoding one query, and end to end with the largest batch."""
-    said, one, many = [], ratios["batch"].min(), ratios["batch"].max()
-    known = ratios[ratios["used"] & (ratios["decoding"] != ANSWERED)].sort_values("count")
-    for quantity, batch in ((ENCODING, one), (END_TO_END, many)):
-        for system, letter in (("DiffRetriever", "K"), ("PromptReps", "N")):
-            own = known[(known["system"] == system) & (known["quantity"] == quantity) & (known["batch"] == batch)]
-            r = own.iloc[-1]
-            interval = f" [{r['low']:.2f}, {r['high']:.2f}]" if r["low"] == r["low"] else ""
-            said.append(f"{r['value']:.2f} times{interval} ({letter} = {r['count']})")
+    keys, one, many = ["quantity", "batch", "system", "decoding", "count"], ratios["batch"].min(), ratios["batch"].max()
+    found = ratios.drop_duplicates(keys, keep="last").set_index(keys)
+    whole = ratios[ratios["quantity"] == END_TO_END].groupby(["system", "decoding"])["count"].max()
+    k, n = whole[MASKS], whole["PromptReps", ANSWERED]
+    said, ways = [], [(*MASKS, k), ("PromptReps", ANSWERED, n), (*DECODED, n)]
+    for cell, way in product([(ENCODING, one), (END_TO_END, many)], ways):
+        r = found.loc[cell + way]
+        said.append(f"{r['value']:.2f} times" + (f" [{r['low']:.2f}, {r['high']:.2f}]" if r["low"] == r["low"] else ""))
     return (
-        f"Encoding one query costs the diffusion backbone {said[0]} the time of one mask, and the autoregressive one "
-        f"{said[1]} the time of one vector. For {many} queries at once, with the search of "
-        f"{ratios['passages'].max():,} passages, these are {said[2]} and {said[3]}."
+        f"Encoding one query costs the diffusion backbone {said[0]} (K = {k}) the time of one mask, and the "
+        f"autoregressive one {said[1]} that of one vector as PromptReps answers zero-shot (at most N = {n}) and "
+        f"{said[2]} when it is made to decode all {n}. For {many} queries at once, with the search of "
+        f"{ratios['passages'].max():,} passages, these are {said[3]}, {said[4]} and {said[5]}."
     )
 
 

@@ -29,6 +29,7 @@ from diffret_lib.experiments.comparison import (
     QUERY,
     RESAMPLES,
     by_system,
+    grid_cells,
     held_out_best,
     interval,
     paired,
@@ -38,11 +39,16 @@ from diffret_lib.experiments.study import Pair, Study
 from diffret_lib.retrieval.search import SELECTION_MODE, rank
 
 
-def pair_distribution(best: pd.DataFrame, grid_values: Sequence[int]) -> pd.DataFrame:
-    """Share of the queries, in percent, whose best pair is (Kq, Kp); queries on which all pairs tie are left out."""
-    counts = best[best["ties"] < len(grid_values) ** 2].groupby(PAIR).size().unstack("k_passage")
-    counts = counts.reindex(index=list(grid_values), columns=list(grid_values)).fillna(0.0)
-    return 100 * counts / max(1.0, counts.to_numpy().sum())
+def pair_distribution(grid: pd.DataFrame, grid_values: Sequence[int]) -> pd.DataFrame:
+    """Share of the queries, in percent, whose best pair is (Kq, Kp).
+
+    Pairs that tie for a query's best share it equally; queries on which all pairs tie are left out.
+    """
+    cells = grid_cells(grid).pivot(index=QUERY, columns=PAIR, values="value")
+    best = pd.DataFrame(np.isclose(cells, cells.max(axis=1).to_numpy()[:, None]), columns=cells.columns)
+    best = best[~best.all(axis=1)]
+    shares = best.div(best.sum(axis=1), axis=0).sum().unstack("k_passage")
+    return 100 * shares.reindex(index=list(grid_values), columns=list(grid_values)) / max(1, len(best))
 
 
 def read_fine_tuned(study: Study, path: Path) -> pd.Series | None:

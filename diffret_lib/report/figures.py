@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,11 +12,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from seaborn.utils import relative_luminance
 
 from diffret_lib.experiments.claims import CONTRADICTED, INCONCLUSIVE, RATIO, SUPPORTED
 from diffret_lib.experiments.comparison import heat_map
-from diffret_lib.experiments.efficiency import ENCODING
+from diffret_lib.experiments.efficiency import ENCODING, FORCED
 from diffret_lib.retrieval.metrics import METRIC
 from diffret_lib.retrieval.search import RANK_MODES, SELECTION_MODE
 
@@ -74,13 +76,30 @@ def _wrapped(labels: pd.Series, width: int = 30) -> pd.Series:
     return labels.map(lambda label: textwrap.fill(label, width, break_on_hyphens=False))
 
 
-def _log_ticks(ax: Axes) -> None:
-    """Set a logarithmic x axis with ticks at 1, 2, 5, 10, ... in plain numbers."""
-    ax.set_xscale("log")
-    low, high = ax.get_xlim()
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,), numticks=20))
-    ax.xaxis.set_major_formatter("{x:,g}")
+def _log_ticks(ax: Axes, name: str = "x") -> None:
+    """Set a logarithmic axis with ticks at 1, 2, 5, 10, ... in plain numbers."""
+    ax.set(**{f"{name}scale": "log"})
+    axis = ax.xaxis if name == "x" else ax.yaxis
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,), numticks=20))
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def _measured_ticks(ax: Axes, values: pd.Series, apart: float = 1.0) -> None:
+    """Set ticks of the x axis at the measured values; of values within a factor ``apart`` the smallest."""
+    ticks: list[float] = []
+    for value in sorted(set(values)):
+        if not ticks or value > apart * ticks[-1]:
+            ticks.append(value)
+    ax.set_xticks(ticks, [f"{value:,}" for value in ticks])
     ax.xaxis.set_minor_locator(NullLocator())
+
+
+def _contrast(ax: Axes) -> None:
+    """Set the numbers of a heat map in black or white, whichever stands out more from its cell."""
+    for text, colour in zip(ax.texts, ax.collections[0].get_facecolors()):
+        text.set_color("black" if relative_luminance(colour) > 0.18 else "white")
 
 
 def _named(table: pd.DataFrame) -> pd.DataFrame:
@@ -124,6 +143,7 @@ def grid(values: pd.DataFrame, title: str, selected: tuple[int, int] | None = No
         scale = {"vmin": cells.min(), "vmax": cells.max(), "cmap": "cividis", "cbar": False}
         text = means.map(lambda value: f"{value:.2f}".removeprefix("0"))
         sns.heatmap(means, annot=text, fmt="", ax=ax, annot_kws={"size": 8}, **scale)
+        _contrast(ax)
         ax.set(title=mode, xlabel="", ylabel="")
         ax.tick_params("y", rotation=0)
         if selected and selected[0] in means.index and selected[1] in means:
@@ -137,10 +157,12 @@ def grid(values: pd.DataFrame, title: str, selected: tuple[int, int] | None = No
 
 
 def effectiveness(table: pd.DataFrame) -> Figure:
-    """Macro nDCG@10 of every system and mode with its interval; a panel for each training.
+    """Macro nDCG@10 of every system and mode with its interval; a panel for each training, all with a line at BM25.
 
     ``table`` has the columns training, system, mode, value, low and high; a system has one row in every panel.
     """
+    order = {system: place for place, system in enumerate(table["system"].unique())}
+    table = table.sort_values("system", key=lambda names: names.map(order), kind="stable")
     panels = [table[table["training"] == training] for training in table["training"].unique()]
     heights = [0.42 * rows["system"].nunique() + 0.5 for rows in panels]
     fig, axes = _panels(len(panels), heights, sharex=True)
@@ -149,7 +171,9 @@ def effectiveness(table: pd.DataFrame) -> Figure:
         rows = rows.assign(system=_wrapped(rows["system"], 22))
         _forest(ax, rows, "system", "mode", looks, dodge=0.5)
         ax.set(title=rows["training"].iloc[0], xlabel="macro nDCG@10, 95 % interval")
-    _legend(fig, axes[0], 4)
+        for value in table.loc[table["system"] == "BM25", "value"]:
+            ax.axvline(value, color=_METHODS["BM25"], linestyle="--", linewidth=1, label="BM25")
+    _legend(fig, axes[0])
     return fig
 
 
@@ -200,26 +224,13 @@ def oracle(table: pd.DataFrame) -> Figure:
 
 
 def distribution(shares: pd.DataFrame) -> Figure:
-    """Heat map of the share of queries whose best pair is (Kq, Kp), in percent."""
+    """Heat map of :func:`~diffret_lib.experiments.oracle.pair_distribution`."""
     fig, axes = _panels(1, 2.8)
-    bar = {"label": "queries", "format": PercentFormatter()}
+    bar = {"label": "queries", "format": "{x:g} %"}
     sns.heatmap(shares, annot=True, fmt=".0f", cmap="cividis", cbar_kws=bar, ax=axes[0])
+    _contrast(axes[0])
     axes[0].set(title="best pair of each query", **_PAIR_AXES)
     axes[0].tick_params("y", rotation=0)
-    return fig
-
-
-def oracle_chance(table: pd.DataFrame) -> Figure:
-    """The oracle's headroom, the part of it that is chance, and the part beyond, by each estimate of chance."""
-    rows = table[table["reference"] == "best fixed"]
-    label = rows["method"] + ": " + rows["kind"] + " (" + rows["queries"].astype(str) + " queries)"
-    looks = {"p < 0.05": ("C0", "o"), "p ≥ 0.05, or no test": ("0.55", "D")}
-    test = (rows["p"] < 0.05).map(dict(zip((True, False), looks)))
-    fig, axes = _panels(1, 0.42 * len(rows) + 0.5)
-    _forest(axes[0], rows.assign(test=test, label=_wrapped(label)), "label", "test", looks)
-    axes[0].axvline(0, color="0.4", linewidth=0.8)
-    axes[0].set(xlabel="nDCG@10 over the best fixed pair, 95 % interval")
-    _legend(fig, axes[0], 2)
     return fig
 
 
@@ -228,7 +239,8 @@ def chance_levels(levels: np.ndarray, observed: float) -> Figure:
     fig, axes = _panels(1, 1.9)
     sns.histplot(levels, bins=30, color="0.6", ax=axes[0])
     axes[0].axvline(observed, color="C3", linewidth=2)
-    axes[0].annotate(" the grid", (observed, 0.92), xycoords=axes[0].get_xaxis_transform(), color="C3")
+    place = {"xycoords": axes[0].get_xaxis_transform(), "ha": "center"}
+    axes[0].annotate("the grid", (observed, 1.02), color="C3", **place)
     axes[0].set(xlabel="oracle's headroom over the best fixed pair (nDCG@10)", ylabel="draws of random twins")
     return fig
 
@@ -275,9 +287,10 @@ def alignment(products: pd.DataFrame, title: str = "") -> Figure:
     centred, few = products.sub(products.mean(1), axis=0), products.shape[1] <= 8
     fig, axes = _panels(1, 1.5 + 0.3 * len(products))
     (ax,), widest = axes, float(np.abs(centred).to_numpy().max()) or 1.0
-    scale = {"cmap": "vlag", "vmin": -widest, "vmax": widest, "annot_kws": {"size": 7.5}}
+    scale = {"cmap": "vlag", "vmin": -widest, "vmax": widest, "annot_kws": {"size": 6.5}, "fmt": ""}
+    text = centred.map(lambda value: f"{value:+.2f}".replace("0.", ".", 1)) if few else False
     bar = {"label": "dot product − mean of its row"}
-    sns.heatmap(centred, annot=few, fmt="+.2f", ax=ax, cbar_kws=bar, xticklabels=True, yticklabels=True, **scale)
+    sns.heatmap(centred, annot=text, ax=ax, cbar_kws=bar, xticklabels=True, yticklabels=True, **scale)
     for row, column in enumerate(values.argmax(1)):
         ax.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=2))
     turned = {"rotation": 45, "va": "top"} if few else {"rotation": 90, "va": "center"}
@@ -305,8 +318,9 @@ def allocator(table: pd.DataFrame) -> Figure:
 
 
 def _latency(ax: Axes, table: pd.DataFrame, x: str, **labels: str) -> None:
-    """Draw median latency against a column, with intervals where there are any."""
-    looks = {"hue": "label", "style": "label", "markers": True, "dashes": False, "markersize": 5}
+    """Draw median latency against a column, with intervals where there are any; every other line is dashed."""
+    dashes = dict(zip(table["label"].unique(), cycle(("", (3, 2)))))  # so that a line shows through the one on it
+    looks = {"hue": "label", "style": "label", "markers": True, "dashes": dashes, "markersize": 5}
     sns.lineplot(_three(table, "low", "value", "high"), x=x, y="number", ax=ax, err_style="bars", **looks, **_INTERVAL)
     ax.set(ylabel="median ms", **labels)
 
@@ -320,20 +334,19 @@ def latency_vectors(table: pd.DataFrame) -> Figure:
     cells = table[(table["quantity"] == ENCODING) & (table["side"] == "query")]
     several = cells.groupby("system")["count"].transform("max") > 1
     lines = cells[several]
-    single = lines[(lines["system"] == "PromptReps") & (lines["count"] == 1)]  # where each way of decoding begins
-    ways = lines.loc[lines["decoding"].fillna("") != "", "decoding"].unique()
-    lines = pd.concat([lines.drop(single.index), *(single.assign(decoding=way) for way in ways)])
+    single = lines[(lines["system"] == "PromptReps") & (lines["count"] == 1)]
+    lines = pd.concat([lines.drop(single.index), single.assign(decoding=FORCED)])
     fig, axes = _panels(cells["batch"].nunique(), 1.9, sharex=True)
     for ax, (batch, own) in zip(axes, lines.assign(label=_decoded).groupby("batch")):
-        _latency(ax, own, "count", xlabel="vectors of a query", title=f"queries at once: {batch}")
-        ax.set_ylim(0, None)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _latency(ax, own, "count", xlabel="vectors of a query (as answered: at most)")
+        ax.set(title=f"queries at once: {batch}", ylim=(0, None))
+        _measured_ticks(ax, own["count"])
     _legend(fig, axes[0], 1)
     return fig
 
 
 def latency_length(table: pd.DataFrame, search: pd.DataFrame) -> Figure:
-    """Latency against the length of a passage (encoding), and against the vectors of an index (searching it)."""
+    """Latency against the length of a passage (encoding), and against the passages of an index (searching it)."""
     cells = table[(table["quantity"] == ENCODING) & (table["side"] == "passage")]
     letters = np.where(cells["system"].str.startswith("Prompt"), "N", "K")
     several = cells["system"].isin(["DiffRetriever", "PromptReps"])
@@ -341,9 +354,12 @@ def latency_length(table: pd.DataFrame, search: pd.DataFrame) -> Figure:
     fig, axes = _panels(2, 3.0)
     _latency(axes[0], cells.assign(label=counted), "text_tokens", xlabel="tokens of a passage", title="encoding")
     timed = search.dropna(subset="value").assign(label=lambda d: d["index"])
-    _latency(axes[1], timed, "vectors", xlabel="vectors in the index", title="searching, one query")
-    axes[1].set(xscale="log", yscale="log")
+    _latency(axes[1], timed, "passages", xlabel="passages in the index", title="searching, one query")
+    axes[1].set_xscale("log")
+    _measured_ticks(axes[0], cells["text_tokens"])
+    _measured_ticks(axes[1], timed["passages"], apart=2.0)
     for ax in axes:
+        _log_ticks(ax, "y")
         ax.legend(title="", loc="upper center", bbox_to_anchor=(0.45, -0.25), ncols=2)
     return fig
 
@@ -377,6 +393,7 @@ def training_curves(table: pd.DataFrame) -> Figure:
     table = table if "repetition" in table else table.assign(repetition=0)
     systems, one = table["system"].unique(), {"units": "repetition", "estimator": None, "linewidth": 1.1}
     fig, axes = _panels(2 * len(systems), 1.0, 2, sharex=True)
+    low, high = table["dev_ndcg"].min() - 0.05, table["dev_ndcg"].max() + 0.05
     for row, system in enumerate(systems):
         rows, (left, right) = table[table["system"] == system], axes[2 * row : 2 * row + 2]
         sns.lineplot(rows.dropna(subset="loss"), x="step", y="loss", color="C0", ax=left, **one)
@@ -386,7 +403,7 @@ def training_curves(table: pd.DataFrame) -> Figure:
         left.set_title(system, loc="left")
         right.set_title("development; dashed: zero-shot" if row == 0 else "", loc="right", fontsize=8)
         left.set(ylabel="loss (nats)", xlabel="step")
-        right.set(ylabel="nDCG@10", xlabel="step")
+        right.set(ylabel="nDCG@10", xlabel="step", ylim=(low, high))
         for ax in (left, right):
             ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     return fig

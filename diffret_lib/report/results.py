@@ -240,20 +240,19 @@ def readable(df: pd.DataFrame, floatfmt: str | Mapping = "") -> pd.DataFrame:
 def paper_against_ours(tests: pd.DataFrame) -> pd.DataFrame:
     """What the paper says and what was measured, for each test of the ledger that counts.
 
-    ``tests`` has the columns claim, comparison, direction, statistic, bound, value, low, high, queries, counts and
+    ``tests`` has the columns claim, comparison, direction, statistic, bound, value, low, high, counts and
     verdict.  Columns claim, comparison, paper (the direction, and the size where the paper gives one), ours (the
-    direction that the interval leaves; empty where nothing was tested), value, low, high, scale (of our value) and
-    verdict.
+    direction that the interval leaves, from the paper's size where it is "about" one; empty where nothing was tested),
+    value, low, high and verdict.
     """
     rows = tests[tests["counts"].astype(bool)].reset_index(drop=True)
     said = {"greater": "better", "clear gain": "clear headroom", "no gain": "no reliable gain",
             "at most": "about the same", "about": "{:g} times"}  # fmt: skip
     rows["paper"] = [said[direction].format(bound) for direction, bound in zip(rows["direction"], rows["bound"])]
-    nothing = rows["direction"].eq("about") | rows["statistic"].str.startswith("ratio")
+    nothing = rows["bound"].where(rows["direction"] == "about", rows["statistic"].str.startswith("ratio").astype(float))
     sides = [rows["value"].isna(), rows["low"] > nothing, rows["high"] < nothing]
     rows["ours"] = np.select(sides, ["", "more", "less"], "not clear")
-    rows["scale"] = rows["statistic"] + rows["queries"].map(lambda n: f", {n:,} queries" if n else "")
-    return rows["claim comparison paper ours value low high scale verdict".split()]
+    return rows["claim comparison paper ours value low high verdict".split()]
 
 
 def p_value(p: float) -> str:
@@ -299,8 +298,10 @@ def set_style() -> None:
 
 
 def _digits(column: pd.Series) -> str:
-    """Three decimals for numbers below 10, fewer for larger ones."""
+    """Three decimals for numbers below 10, fewer for larger ones; three digits where all are below 0.01."""
     largest = column.abs().max()
+    if 0 < largest < 0.01:
+        return ".3g"
     return ".0f" if largest >= 1000 else ".1f" if largest >= 10 else ".3f"
 
 

@@ -434,17 +434,16 @@ def training_summary(results: Sequence[FinetunedSystem], mean_pooled: Mapping[st
     """A row for each training; ``mean_pooled`` has nDCG@10 of a system's mean-pooled form, where there is one.
 
     Columns system, repetition, learning_rate, trainable_parameters, steps, best_step, seconds, dev_zero_shot,
-    dev_mean_pooled, dev_best (nDCG@10 on the development collection), undertrained (one of these two is as good).
+    dev_mean_pooled, dev_best (nDCG@10 on the development collection).
     """
     rows = []
     for result in results:
         first, last, kept = result.curve[0], result.curve[-1], result.kept
-        floors = {"dev_zero_shot": first["dev_ndcg"], "dev_mean_pooled": mean_pooled.get(result.system, math.nan)}
         rows.append({
             "system": result.system, "repetition": result.repetition,
             "learning_rate": result.about["recipe"]["learning_rate"],
             "trainable_parameters": result.about["trainable_parameters"], "steps": last["step"],
-            "best_step": kept["step"], "seconds": last["seconds"], **floors, "dev_best": kept["dev_ndcg"],
-            "undertrained": any(floor >= kept["dev_ndcg"] for floor in floors.values()),
+            "best_step": kept["step"], "seconds": last["seconds"], "dev_zero_shot": first["dev_ndcg"],
+            "dev_mean_pooled": mean_pooled.get(result.system, math.nan), "dev_best": kept["dev_ndcg"],
         })  # fmt: skip
     return pd.DataFrame(rows)
