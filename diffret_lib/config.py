@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from diffret_lib.addresses import fingerprint
 
@@ -100,7 +100,10 @@ class Training(_Model):
     measured every ``evaluate_every`` steps; training stops after ``patience`` without a gain.  The best of
     ``learning_rates`` by it is taken, after ``selection_steps`` of each (null: all steps); ``seeds`` are the
     repetitions of :data:`diffret_lib.experiments.study.REPEATED`.  ``temperatures`` are by class name, else
-    ``temperature``.  With ``adapters``, a folder of published ones (from the checkout), nothing is trained.
+    ``temperature``.  With ``adapters``, a folder of published ones (from the checkout), nothing is trained.  With
+    ``rows``, a file of Tevatron's rows or the name of their repository on the hub, these are trained on, and no
+    negatives are mined; which of their passages are relevant to another query is not known, so
+    ``mask_false_negatives`` must be off.
     """
 
     collections: list[Development] = Field(min_length=1)
@@ -124,6 +127,7 @@ class Training(_Model):
     evaluate_every: Count
     patience: Count
     adapters: Name | None = None
+    rows: Name | None = None
 
     @field_validator("learning_rates")
     @classmethod
@@ -131,6 +135,12 @@ class Training(_Model):
         if len(set(values)) < len(values):
             raise ValueError("each learning rate is given once")
         return values
+
+    @model_validator(mode="after")
+    def _rows_know_no_false_negatives(self) -> Training:
+        if self.rows and self.mask_false_negatives:
+            raise ValueError("rows know no false negatives: mask_false_negatives must be false")
+        return self
 
 
 class Efficiency(_Model):
@@ -343,11 +353,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def read_yaml(path: str | Path) -> Any:
+    """Read a YAML file; ValueError: it is not readable, or a key is given twice."""
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_Loader)  # a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {error}") from error
+
+
 def _read(path: Path) -> Any:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{path}: not readable as YAML: {error}") from error
+        content = read_yaml(path)
+    except ValueError as error:
+        raise ProfileError(str(error)) from error
     if not isinstance(content, Mapping) or list(content) != ["profile"] or not isinstance(content["profile"], Mapping):
         raise ProfileError(f"{path}: a mapping under the one key 'profile' is expected")
     return content["profile"]

@@ -369,7 +369,7 @@ def _encodings(study: Outline) -> Iterator[tuple[str, str, Any, Sequence[Any], f
     else:
         for k in p.k_grid:
             yield "02", f"grid, K = {k}", study.diffretriever(k, k), grids, 1, True
-    if study.fine_tuned:
+    if study.fine_tuned and not p.training.rows:
         pools = [study.sampled(size.collection, size) for size in p.training.collections]
         yield "03", "negatives", study.diffretriever(*pair), pools, 1, keep
     for system in study.systems(pair):

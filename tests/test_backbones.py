@@ -3,6 +3,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -472,3 +474,38 @@ def test_shipped_adapters_name_their_bases(monkeypatch, caplog):
     assert not [r for r in caplog.records if "unknown" in r.message]
     with pytest.raises(BackboneError, match="bidirectional"):
         load_backbone("smollm2-135m-instruct", device="cpu", adapter=adapter_path("smollm2-135m-diffusion"))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", 5.5, "no such"])
+def test_a_device_that_is_not_here(folder, device):
+    with pytest.raises(ValueError, match="device must be cpu.* here, not "):
+        load_backbone(tiny_spec(folder), device=device)
+
+
+def test_a_plain_checkpoint_with_a_missing_tensor(folder, tmp_path):
+    """transformers would put random numbers there, and only warn."""
+    shutil.copytree(folder, tmp_path / "bad")
+    tensors = load_file(tmp_path / "bad" / "model.safetensors")
+    name = next(name for name in sorted(tensors) if "mlp" in name)
+    del tensors[name]
+    save_file(tensors, tmp_path / "bad" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BackboneError, match=f"does not fit its config.json: {re.escape(name)} is missing"):
+        load_backbone(tiny_spec(tmp_path / "bad"))
+
+
+def test_an_adapter_is_put_on_what_is_loaded(folder):
+    with pytest.raises(ValueError, match="a loaded backbone and a folder are needed, not 5"):
+        with_adapter(5, folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: &x {family: autoregressive, source: {hub: a/b}}\na: *x\n", "'a' is given twice"),
+        (b"\xe9: 1", "not readable"),
+    ],
+)
+def test_a_registry_that_says_a_name_twice_or_is_no_utf8(tmp_path, content, message):
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=f"r.yaml.*{message}"):
+        read_registry(tmp_path / "r.yaml")

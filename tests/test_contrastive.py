@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from diffret_lib.config import CHECKOUT, Profile, load_profile
+from diffret_lib.data.beir import load_training_rows
 from diffret_lib.data.collection import Collection
 from diffret_lib.models.backbones import BackboneError, load_backbone
 from diffret_lib.retrieval.systems import DiffEmbed, DiffRetriever, PromptReps, RepLLaMA
@@ -24,10 +27,12 @@ from diffret_lib.training.contrastive import (
     Measurement,
     Recipe,
     TrainingData,
+    data_table,
     finetune,
     finetune_selected,
     load_published,
     publish_adapter,
+    published_rows,
     recipe_of,
     step_order,
     training_data,
@@ -233,6 +238,34 @@ def test_rows_of_the_training_collections():
     assert make_data().fingerprint == data.fingerprint
 
 
+def test_published_rows(tmp_path, monkeypatch):
+    """Of each query the first positive, and as many negatives as asked for, the same every time."""
+    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DIFFRET_DATA", str(tmp_path))
+    folder = tmp_path / "msmarco-passage-aug"
+    folder.mkdir()
+    texts = {"1": ["a", "b", "c", "d"], "2": ["e"]}
+    lines = [
+        {"query_id": q, "query": f"query {q}", "positive_passages": [{"title": "", "text": t} for t in ("yes", "more")],
+         "negative_passages": [{"title": "T", "text": text} for text in negatives]}
+        for q, negatives in texts.items()
+    ]  # fmt: skip
+    (folder / "train.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+    data = published_rows(load_training_rows(), "rows", 3, 13)
+    assert data.names == ["rows"] and not data.collections and data.false_negatives is None
+    assert data_table(data).iloc[0].to_dict() == {"collection": "rows", "queries": 2, "negatives_per_query": 3}
+    first, second = data.rows.to_list()
+    assert list(first) == ["query", "positive", "negative_1", "negative_2", "negative_3"]
+    assert (first["query"], first["positive"]) == ("query 1", "yes") and set(list(second.values())[2:]) == {"T e"}
+    assert len(set(list(first.values())[2:])) == 3 <= sum(f"T {t}" in first.values() for t in texts["1"])
+    again = published_rows(load_training_rows(), "rows", 3, 13)
+    assert again.rows.to_list() == [first, second] and again.fingerprint == data.fingerprint
+    assert published_rows(load_training_rows(), "rows", 3, 14).fingerprint != data.fingerprint
+    (folder / "train.jsonl.gz").write_bytes(gzip.compress(json.dumps(lines[0] | {"negative_passages": []}).encode()))
+    with pytest.raises(ValueError, match="rows: query '1' has no hard negative"):
+        published_rows(load_training_rows(), "rows", 3, 13)
+
+
 def test_rows_of_two_collections():
     """Ids may be the same in both; a text that both have is one text."""
     first = Collection.from_texts("c", list("abcd"), ["A", "B", "C", "A"], ["q", "r"], ["x", "y"], QRELS)
@@ -244,6 +277,7 @@ def test_rows_of_two_collections():
     assert made.false_negatives.passages.tolist() == [[0, 2], [1, 2], [0, 1], [3, 2]]
     assert made.false_negatives.relevant.tolist() == [[0, 1], [0, 1], [0, -1], [3, -1]]
     assert made.negatives["collection"].tolist() == ["c", "c", "d"]
+    assert data_table(made)[["collection", "queries"]].to_numpy().tolist() == [["c", 2], ["d", 1]]
     assert made.fingerprint != training_data([(first, negatives)]).fingerprint
 
 

@@ -73,3 +73,26 @@ def test_save_and_load(tmp_path, n, sides):
     else:
         assert isinstance(loaded.sparse.data, np.memmap) and loaded.sparse.indices.dtype == np.int32
         assert loaded.sparse.shape == sparse.shape and (loaded.sparse != sparse).nnz == 0
+
+
+@pytest.mark.parametrize(
+    ("side", "value"),
+    [
+        ("dense", [[[1.0]]]),
+        ("dense", np.full((1, 1, 1), "a")),
+        ("lengths", [1]),
+        ("lengths", None),
+        ("sparse", np.ones((1, 2))),
+    ],
+)
+def test_what_is_no_array_is_refused(side, value):
+    right = {"dense": np.ones((1, 1, 1), np.float32), "lengths": np.ones(1, int), "sparse": None}
+    with pytest.raises(ValueError, match=side):
+        Representations(**right | {side: value})
+
+
+def test_parts_that_cannot_be_joined():
+    parts = [Representations(np.ones((1, 1, h), np.float32), np.ones(1, int)) for h in (3, 32)]
+    for wrong in ([], parts, [parts[0], Representations(None, np.ones(1, int))]):
+        with pytest.raises(ValueError, match="parts of one K, H and V are needed"):
+            Representations.concatenate(wrong)

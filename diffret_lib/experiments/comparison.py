@@ -190,7 +190,10 @@ def paired(values: pd.Series, resamples: int = RESAMPLES, seed: int = 0, bound: 
 
 
 def _parts(values: pd.Series) -> dict[str, np.ndarray]:
-    return {name: part.to_numpy(float) for name, part in values.groupby(level="collection")}
+    try:
+        return {name: part.to_numpy(float) for name, part in values.groupby(level="collection")}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the values must be numbers: {error}") from None
 
 
 def _resampled(values: np.ndarray, resamples: int, rng: np.random.Generator, block: int = 500) -> np.ndarray:

@@ -18,6 +18,7 @@ from diffret_lib.addresses import address, fingerprint
 from diffret_lib.cache import atomic_path, fetch, remember
 from diffret_lib.config import CHECKOUT, PYDOCS, Profile, ProfileError, Sample, slug
 from diffret_lib.data import load_collection
+from diffret_lib.data.beir import TRAINING_ROWS, load_training_rows
 from diffret_lib.data.collection import Collection
 from diffret_lib.data.protocols import metrics_of, published
 from diffret_lib.experiments.rankings import modes_of, ranking, rankings, streamed_rankings
@@ -193,8 +194,14 @@ class Study:
         return found
 
     def training_data(self) -> contrastive.TrainingData:
-        """The training collections, with hard negatives of BM25 and zero-shot DiffRetriever (selected pair, hybrid)."""
+        """The training collections, with hard negatives of BM25 and zero-shot DiffRetriever (selected pair, hybrid).
+
+        With ``rows`` in the profile they are read instead.
+        """
         n, seed, parts = self.profile.training.negatives, self.profile.seed, []
+        if (path := self.profile.training.rows) is not None:
+            rows = load_training_rows(None if path == TRAINING_ROWS.hub else path)
+            return contrastive.published_rows(rows, path, n, seed)
         bm25, zero_shot = BM25(), self.diffretriever(*self.selected)
         for size in self.profile.training.collections:
             collection = self.sampled(size.collection, size)

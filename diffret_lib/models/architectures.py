@@ -8,7 +8,7 @@ the hub that ``auto_map`` names.  Tensors are renamed one at a time as they are 
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -62,27 +62,6 @@ LLADA_FIXED = {
     "attention_layer_norm": False, "input_emb_norm": False, "scale_logits": False, "include_bias": False,
     "include_qkv_bias": False, "bias_for_layer_norm": False,
 }  # fmt: skip
-_SHOWN = 5  # tensors that an error names
-
-
-class WholeCheckpoint:
-    """A model class that refuses a checkpoint whose tensors are not exactly the model's (transformers would warn, and
-    initialise at random what is missing)."""
-
-    key_mapping: ClassVar[dict[str, str] | None] = None
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load a model as transformers does; ValueError: tensors are missing, unexpected, or of another shape."""
-        kwargs = {"key_mapping": cls.key_mapping} | kwargs | {"ignore_mismatched_sizes": True}
-        model, found = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        wrong = [f"{name} is missing" for name in found["missing_keys"]]
-        wrong += [f"{name} is unexpected" for name in found["unexpected_keys"]]
-        wrong += [f"{name} has the shape {tuple(a)}, not {tuple(b)}" for name, a, b in found["mismatched_keys"]]
-        if wrong:
-            more = f", and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-            raise ValueError(f"the checkpoint does not fit its config.json: {', '.join(sorted(wrong)[:_SHOWN])}{more}")
-        return (model, found) if output_loading_info else model
 
 
 class DreamConfig(Qwen2Config):
@@ -91,7 +70,7 @@ class DreamConfig(Qwen2Config):
     model_type = "Dream"
 
 
-class DreamForCausalLM(WholeCheckpoint, Qwen2ForCausalLM):
+class DreamForCausalLM(Qwen2ForCausalLM):
     """Dream, as causal as Qwen2 until :func:`~diffret_lib.models.backbones.make_bidirectional` is called."""
 
     config_class = DreamConfig
@@ -119,11 +98,15 @@ class LLaDAConfig(LlamaConfig):
         super().__post_init__(**kwargs)
 
 
-class LLaDAForCausalLM(WholeCheckpoint, LlamaForCausalLM):
+class LLaDAForCausalLM(LlamaForCausalLM):
     """LLaDA, as causal as Llama until :func:`~diffret_lib.models.backbones.make_bidirectional` is called."""
 
     config_class = LLaDAConfig
-    key_mapping = LLADA_NAMES
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model as transformers does, its tensors renamed while they are read."""
+        return super().from_pretrained(*args, **{"key_mapping": LLADA_NAMES} | kwargs)
 
 
 def llama_name(name: str) -> str:

@@ -8,15 +8,14 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from peft import PeftModel, get_peft_model_state_dict
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
@@ -26,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from diffret_lib.addresses import address, fingerprint
 from diffret_lib.cache import explained, file_sha256, remember
+from diffret_lib.config import read_yaml
 from diffret_lib.environment import hardware
 from diffret_lib.models.gguf import BackboneError, converted_model
 
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FOLDER = Path(__file__).resolve().parent
+_SHOWN = 5  # tensors that an error names
 _FORMS = ({"wheel", "member", "sha256"}, {"parent", "adapter"}, {"hub"}, {"hub", "revision"}, {"path"})
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -110,9 +111,8 @@ class LoadedBackbone:
 def read_registry(path: str | os.PathLike[str] = _FOLDER / "backbones.yaml") -> dict[str, Backbone]:
     """Read backbones by name; a ``ValueError`` names the file, the backbone and the field that is wrong."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        entries = TypeAdapter(dict[Name, Backbone]).validate_python(content)
-    except (yaml.YAMLError, ValidationError) as error:
+        entries = TypeAdapter(dict[Name, Backbone]).validate_python(read_yaml(path))
+    except ValidationError as error:
         raise ValueError(f"{path}: {error}") from error
     for name, entry in entries.items():
         above = {name}
@@ -176,9 +176,9 @@ def load_backbone(
     one's own; a loaded one is returned as it is.  ``dtype`` "auto" is what :func:`fast_dtype` finds.  ``adapter`` is a
     PEFT folder in place of the backbone's own, or ``"none"`` for its parent's weights.  Without a device it is CUDA if
     there is one.  Adapters are merged in float32, a parent's before the backbone's own.  A ValueError refuses an
-    unknown name or dtype, other settings than a loaded backbone has, or a mask token that the vocabulary lacks; a
-    BackboneError says that the weights cannot be fetched, verified or found, or that the adapter does not belong to
-    them.
+    unknown name, dtype or device, other settings than a loaded backbone has, or a mask token that the vocabulary lacks;
+    a BackboneError says that the weights cannot be fetched, verified or found, or are not those of the model's
+    ``config.json``, or that the adapter does not belong to them.
     """
     if not isinstance(dtype, str) or dtype not in ("auto", *_DTYPES):
         raise ValueError(f"dtype must be one of auto, {', '.join(_DTYPES)}, not {dtype!r}")
@@ -191,7 +191,7 @@ def load_backbone(
     spec = backbone if isinstance(backbone, Backbone) else get_backbone(backbone)
     if not isinstance(adapter, str | os.PathLike | None):
         raise ValueError(f"adapter must be a folder, or 'none', not {adapter!r}")
-    device = torch.device(device or _default_device())
+    device = _device(device)
     dtype = fast_dtype(device.type) if dtype == "auto" else dtype
     with _quiet():
         model, tokenizer, weights = _load(spec, _DTYPES[dtype], adapter)
@@ -206,6 +206,16 @@ def load_backbone(
     settings = spec.model_dump(include={"family", "mask_token", "prediction_shift", "chat_template"})
     identity = address([load_backbone], settings, weights, dtype)
     return LoadedBackbone(spec, model.eval().requires_grad_(False), tokenizer, mask_id, weights, identity)
+
+
+def _device(named: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device(named or _default_device())
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        known = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+        raise ValueError(f"device must be {known} here, not {named!r}: {str(error)[:200]}") from error
+    return device
 
 
 def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
@@ -247,7 +257,10 @@ def _load_base(spec: Backbone, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
         weights = fingerprint({p.name: file_sha256(p) for p in files})
     try:
         with explained(Path(where)):
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, revision=source.revision or "main")
+            how = {"dtype": dtype, "revision": source.revision or "main"}
+            checked = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+            model, found = AutoModelForCausalLM.from_pretrained(where, **how, **checked)
+            _check_whole(found)
             tokenizer = AutoTokenizer.from_pretrained(where, revision=source.revision or "main")
     except (OSError, ValueError, SafetensorError) as error:
         hint = "a model of the hub can be downloaded elsewhere, and its folder named as the source's path"
@@ -256,6 +269,16 @@ def _load_base(spec: Backbone, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
         commit = getattr(model.config, "_commit_hash", None) or source.revision or "main"
         weights = fingerprint(f"{source.hub}@{commit}")
     return model, tokenizer, weights
+
+
+def _check_whole(found: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose tensors are not the model's: transformers would make up the missing ones."""
+    wrong = [f"{name} is missing" for name in found["missing_keys"]]
+    wrong += [f"{name} is unexpected" for name in found["unexpected_keys"]]
+    wrong += [f"{name} has the shape {tuple(a)}, not {tuple(b)}" for name, a, b in found["mismatched_keys"]]
+    if wrong:
+        more = f", and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise ValueError(f"the checkpoint does not fit its config.json: {', '.join(sorted(wrong)[:_SHOWN])}{more}")
 
 
 def adapter_path(name: str) -> Path:
@@ -268,6 +291,8 @@ def adapter_path(name: str) -> Path:
 
 def with_adapter(backbone: LoadedBackbone, folder: str | os.PathLike[str]) -> LoadedBackbone:
     """Copy a loaded backbone with a further PEFT adapter merged in; raises as :func:`load_backbone` does."""
+    if not isinstance(backbone, LoadedBackbone) or not isinstance(folder, str | os.PathLike):
+        raise ValueError(f"a loaded backbone and a folder are needed, not {backbone!r:.100} and {folder!r:.100}")
     folder = Path(folder).expanduser()
     with _quiet():
         model = _merge_adapter(copy.deepcopy(backbone.model).float(), folder, backbone.spec.name, backbone.weights)

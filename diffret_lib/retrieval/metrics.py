@@ -80,7 +80,10 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
     ValueError: a value that is no number from 0 to 1.
     """
-    corrected = np.array(p_values, float)
+    try:
+        corrected = np.array(p_values, float)
+    except (TypeError, ValueError):
+        raise ValueError(f"p-values must be numbers from 0 to 1, not {p_values!r:.100}") from None
     known = ~np.isnan(corrected)
     if ((corrected[known] < 0) | (corrected[known] > 1)).any():
         raise ValueError(f"p-values must be from 0 to 1, not {p_values}")

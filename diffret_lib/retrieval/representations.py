@@ -25,7 +25,7 @@ class Origin:
 
 @dataclass(eq=False, repr=False)
 class Representations:
-    """Dense vectors and sparse weights of n texts; a ValueError where they do not fit.
+    """Dense vectors and sparse weights of n texts; a ValueError where they are no such arrays, or do not fit.
 
     Attributes
     ----------
@@ -44,6 +44,12 @@ class Representations:
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
+        kinds = {"dense": np.ndarray | None, "lengths": np.ndarray, "sparse": sp.sparray | sp.spmatrix | None}
+        for name, kind in kinds.items():
+            if not isinstance(given := getattr(self, name), kind):
+                raise ValueError(f"{name} must be an array, {'sparse' if name == 'sparse' else 'dense'}: {given!r:.80}")
+        if self.dense is not None and not np.issubdtype(self.dense.dtype, np.number):
+            raise ValueError(f"dense must hold numbers, not {self.dense.dtype}")
         n, k = len(self), self.vectors
         if self.lengths.shape != (n,) or not np.issubdtype(self.lengths.dtype, np.integer):
             raise ValueError(f"lengths must be integers of shape (n,), not {self.lengths.dtype} {self.lengths.shape}")
@@ -73,7 +79,11 @@ class Representations:
 
     @staticmethod
     def concatenate(parts: Sequence[Representations]) -> Representations:
-        """Join parts in memory, with the origin of the first; a ValueError where their shapes differ."""
+        """Join parts in memory, with the origin of the first; a ValueError where there are none, or shapes differ."""
+        sides = [(p.dense, p.sparse) for p in parts]
+        shapes = {(d is not None and d.shape[1:], s is not None and s.shape[1]) for d, s in sides}
+        if len(shapes) != 1:
+            raise ValueError(f"parts of one K, H and V are needed, not {sorted(map(str, shapes)) or 'none'}")
         if len(parts) == 1:
             return parts[0]
         dense = sparse = None

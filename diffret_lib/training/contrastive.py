@@ -50,6 +50,7 @@ from diffret_lib.training.lora import (
     train_to_end,
 )  # fmt: skip
 from diffret_lib.training.losses import Columns, FalseNegatives, JointInfoNCE
+from diffret_lib.training.negatives import negatives_table
 
 #: Seconds between checkpoints, besides those at every measurement.
 CHECKPOINT_SECONDS = 300
@@ -74,6 +75,7 @@ class Recipe(Training):
 #: Settings that say which runs there are, not what one of them does; the data are known by their content.
 _NOT_OF_A_RUN = {
     "collections", "negatives", "development", "learning_rates", "selection_steps", "seeds", "temperatures", "adapters",
+    "rows",
 }  # fmt: skip
 
 
@@ -81,19 +83,17 @@ _NOT_OF_A_RUN = {
 class TrainingData:
     """The data that all systems are trained on.
 
-    ``negatives`` has the columns collection, query_id, passage_id, source, ``rows`` query, positive, negative_1, ...,
-    negative_n.
+    ``rows`` has the columns query, positive, negative_1, ..., negative_n.  ``names`` says where they come from,
+    ``fingerprint`` is a SHA-256 over it.  Of collections (:func:`training_data`) the others are known as well:
+    ``negatives`` has the columns collection, query_id, passage_id, source.
     """
 
-    collections: list[Collection]
-    negatives: pd.DataFrame
     rows: Dataset
-    false_negatives: FalseNegatives
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over collections and negatives."""
-        return fingerprint([c.fingerprint for c in self.collections], self.negatives.to_dict("list"))
+    names: list[str]
+    fingerprint: str
+    collections: list[Collection] = field(default_factory=list)
+    negatives: pd.DataFrame | None = None
+    false_negatives: FalseNegatives | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,40 @@ def training_data(parts: Sequence[tuple[Collection, pd.DataFrame]]) -> TrainingD
     known = [torch.tensor(sorted(codes[text] for text in relevant[row["query"]])) for row in rows]
     known = pad_sequence(known, batch_first=True, padding_value=-1)
     negatives = pd.concat([frame.assign(collection=c.name) for c, frame in parts], ignore_index=True)
-    return TrainingData([c for c, _ in parts], negatives, Dataset.from_list(rows), FalseNegatives(passages, known))
+    collections, false = [c for c, _ in parts], FalseNegatives(passages, known)
+    key = fingerprint([c.fingerprint for c in collections], negatives.to_dict("list"))
+    return TrainingData(Dataset.from_list(rows), list(map(_name, collections)), key, collections, negatives, false)
+
+
+def published_rows(rows: Dataset, name: str, n: int, seed: int = 0) -> TrainingData:
+    """Training data of :func:`~diffret_lib.data.beir.load_training_rows`: a row for each query, memory-mapped.
+
+    Its positive is the first one, its n hard negatives are drawn by ``seed`` (more than once where there are too few).
+    ValueError: a query has no negative.
+    """
+
+    def drawn(row: dict[str, Any], place: int) -> dict[str, str]:
+        if not (known := row["negatives"]):
+            raise ValueError(f"{name}: query {row['query_id']!r} has no hard negative")
+        chosen = np.random.default_rng([seed, place]).choice(len(known), n, replace=len(known) < n)
+        negatives = {f"negative_{i}": known[j] for i, j in enumerate(chosen, 1)}
+        return {"query": row["query"], "positive": row["positives"][0]} | negatives
+
+    def make(folder: Path) -> None:
+        how = {"with_indices": True, "remove_columns": rows.column_names, "desc": f"{name}: rows to train on"}
+        rows.map(drawn, cache_file_name=str(folder / "rows.arrow"), **how)
+
+    key = address([published_rows], Path(rows.cache_files[0]["filename"]).parent.name, n, seed)
+    return TrainingData(Dataset.from_file(str(fetch("rows", key, make) / "rows.arrow")), [name], key)
+
+
+def data_table(data: TrainingData) -> pd.DataFrame:
+    """A row for each source of the training data; of collections, with what their negatives come from."""
+    if not data.collections:
+        row = {"collection": data.names[0], "queries": len(data.rows)}
+        return pd.DataFrame([row | {"negatives_per_query": len(data.rows.column_names) - 2}])
+    own = ((c, data.negatives[data.negatives["collection"] == c.name]) for c in data.collections)
+    return pd.concat([negatives_table(*each) for each in own], ignore_index=True)
 
 
 def recipe_of(profile: Profile, system: str, learning_rate: float, repetition: int = 0) -> Recipe:
@@ -191,14 +224,14 @@ def finetune(
     nDCG@10 is measured on the way.  A backbone in bfloat16 is trained under autocast; LoRA's weights are float32.
     """
     backbone, settings = retriever.backbone, retriever.reader.get_config_dict()
-    limits, names = {"max_passage_tokens": recipe.max_passage_tokens}, [_name(c) for c in data.collections]
+    limits = {"max_passage_tokens": recipe.max_passage_tokens}
     about = {
         "system": system,
         "backbone": {"name": backbone.spec.name, "fingerprint": backbone.fingerprint, "dtype": str(backbone.dtype)},
         "vectors": [retriever.vectors(side) for side in SIDES],
         "limits": {"training": settings | limits, "development": settings},
         "recipe": recipe.model_dump(mode="json", exclude=_NOT_OF_A_RUN),
-        "data": {"fingerprint": data.fingerprint, "rows": len(data.rows), "collections": names},
+        "data": {"fingerprint": data.fingerprint, "rows": len(data.rows), "collections": data.names},
         "development": {"fingerprint": development.fingerprint, "collection": _name(development)},
     }
     code = [finetune, type(retriever), type(retriever.reader)]
