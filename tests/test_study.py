@@ -22,7 +22,7 @@ from diffret_lib.addresses import SourceTree
 from diffret_lib.config import Profile, ProfileError, Sample, load_profile
 from diffret_lib.data.collection import Collection
 from diffret_lib.experiments import departures, rankings, study
-from diffret_lib.experiments.comparison import planned_comparisons
+from diffret_lib.experiments.comparison import ablation_answer, planned_comparisons, transfer
 from diffret_lib.experiments.study import REPEATED, SYSTEMS, CutBM25, Study, System, hard_passages, macro, select_pair
 from diffret_lib.models.backbones import load_backbone
 from diffret_lib.retrieval import search, streaming, systems
@@ -632,6 +632,18 @@ def test_one_pass_beside_a_pass_for_each(world):
     own = shared.evaluate(System("x", shared.diffretriever(2, 1)), shared.test_collections[1:])
     own = own[(own["mode"] == "mean") & (own["metric"] == "ndcg@10")]
     assert row["ndcg_reference"] == pytest.approx(own["value"].mean())
+    # the answer of notebook 02, of the collections that are out of domain
+    cells = shared.test_grid[(shared.test_grid["mode"] == "hybrid") & (shared.test_grid["collection"] != "mine-train")]
+    means = macro(cells, ["k_query", "k_passage"]).set_index(["k_query", "k_passage"])["value"]
+    apart = table[table["mode"] == "hybrid"].groupby("system")["ndcg_reference"].mean()
+    text = ablation_answer(shared, transfer(shared.test_grid, (2, 1), resamples=10), table)
+    assert f"(Kq, Kp) = (2, 1), which changes macro nDCG@10 against one vector a side by {means[2, 1] - means[1, 1]:+.3f}" \
+        in text and f"the hybrid gain is {apart.iloc[0] - apart.iloc[1]:+.3f}. It loses" in text  # fmt: skip
+    assert "2 out-of-domain collections with 8 queries" in text
+    s = changed(s)
+    s.selected = (2, 1)
+    own_pass = ablation_answer(s, transfer(s.test_grid, (2, 1), resamples=10), departures.shared_text_table(s))
+    assert "every number of masks has a pass of its own" in own_pass
 
 
 def test_what_bfloat16_changes(world):

@@ -371,7 +371,7 @@ def ablation_answer(study: Study, losses: pd.DataFrame, shared: pd.DataFrame) ->
     lost, one_pass = losses[losses["collection"].isin(names)], "every number of masks has a pass of its own"
     if len(shared):
         own = shared[shared["collection"].isin(names) & (shared["mode"] == "hybrid")]
-        own = own.groupby("system")["reference"].mean()
+        own = own.groupby("system")["ndcg_reference"].mean()
         apart = own["DiffRetriever multi"] - own["DiffRetriever single"]
         one_pass = f"with a pass of its own for each number of masks (notebook 04) the hybrid gain is {apart:+.3f}"
     return (
