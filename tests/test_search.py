@@ -338,4 +338,4 @@ def test_parts_searched_apart_and_merged(top_k):
     for kind in kinds:
         scores, indices = merged([part[kind] for part in parts], top_k)
         assert (indices == whole[kind][1]).all()
-        np.testing.assert_allclose(scores, whole[kind][0], rtol=1e-6)
+        np.testing.assert_allclose(scores, whole[kind][0], rtol=1e-6, atol=1e-6)

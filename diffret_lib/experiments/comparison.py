@@ -336,6 +336,7 @@ def evaluation_answer(intervals: pd.DataFrame, comparisons: pd.DataFrame) -> str
     values = intervals.set_index("system")["value"]
     models = intervals[~intervals["system"].str.startswith("BM25")]
     best = [models.loc[rows["value"].idxmax()] for _, rows in models.groupby("training", sort=False)]
+    subject = "model by macro nDCG@10 is" if len(best) == 1 else "models by macro nDCG@10 are"
     leads = ", and ".join(f"{row['training']} {row['system']} ({row['mode']}) with {row['value']:.3f}" for row in best)
     found = comparisons.set_index(["better", "than", "mode"])
     asked = [("DiffEmbed", "DiffRetriever single", "dense")]
@@ -345,7 +346,7 @@ def evaluation_answer(intervals: pd.DataFrame, comparisons: pd.DataFrame) -> str
         row = found.loc[(better, than, mode)]
         gains.append(f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] ({mode})")
     return (
-        f"Out of domain the best models by macro nDCG@10 are {leads}; BM25 has {values['BM25']:.3f}, and "
+        f"Out of domain the best {subject} {leads}; BM25 has {values['BM25']:.3f}, and "
         f"{values['BM25, cut text']:.3f} on the text that the others read. Zero-shot, one mask makes {gains[0]} over "
         f"DiffEmbed, and several masks over one make {gains[1]} and {gains[2]}."
     )

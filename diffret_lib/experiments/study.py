@@ -31,6 +31,7 @@ from diffret_lib.retrieval.search import RANK_MODES, SELECTION_MODE
 from diffret_lib.retrieval.systems import BM25, DiffEmbed, DiffRetriever, MeanPooledAR, PromptReps, RepLLaMA, Retriever
 from diffret_lib.retrieval.workers import encode_shards
 from diffret_lib.training import contrastive
+from diffret_lib.training.data import TrainingData, published_rows, training_data
 from diffret_lib.training.negatives import mine_hard_negatives
 
 #: The fine-tuned systems: class and options (those of DiffRetriever multi are the selected pair).
@@ -193,7 +194,7 @@ class Study:
             ]
         return found
 
-    def training_data(self) -> contrastive.TrainingData:
+    def training_data(self) -> TrainingData:
         """The training collections, with hard negatives of BM25 and zero-shot DiffRetriever (selected pair, hybrid).
 
         With ``rows`` in the profile they are read instead.
@@ -201,7 +202,7 @@ class Study:
         n, seed, parts = self.profile.training.negatives, self.profile.seed, []
         if (path := self.profile.training.rows) is not None:
             rows = load_training_rows(None if path == TRAINING_ROWS.hub else path)
-            return contrastive.published_rows(rows, path, n, seed)
+            return published_rows(rows, path, n, seed)
         bm25, zero_shot = BM25(), self.diffretriever(*self.selected)
         for size in self.profile.training.collections:
             collection = self.sampled(size.collection, size)
@@ -213,7 +214,7 @@ class Study:
 
             key = self.address([bm25, zero_shot], collection, SELECTION_MODE, n, seed, code=[mine_hard_negatives])
             parts.append((collection, pd.DataFrame(remember("negatives", key, mined))))
-        return contrastive.training_data(parts)
+        return training_data(parts)
 
     @property
     def fine_tuned(self) -> list[str]:

@@ -11,7 +11,6 @@ import math
 import shutil
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,11 +26,10 @@ from sentence_transformers import MultiVectorEncoderTrainer, MultiVectorEncoderT
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.util.distributed import get_rank, get_world_size
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
-from diffret_lib.addresses import address, fingerprint
+from diffret_lib.addresses import address
 from diffret_lib.cache import atomic_path, fetch, work_folder, write_text
 from diffret_lib.config import Profile, Training, slug
 from diffret_lib.data.collection import Collection
@@ -40,6 +38,7 @@ from diffret_lib.models.prompts import SIDES
 from diffret_lib.retrieval.metrics import METRIC, per_query
 from diffret_lib.retrieval.search import MODES, rank, to_results
 from diffret_lib.retrieval.systems import Retriever
+from diffret_lib.training.data import TrainingData, described
 from diffret_lib.training.lora import (
     AdapterCheckpoints,
     Checkpoints,
@@ -49,8 +48,7 @@ from diffret_lib.training.lora import (
     read_state,
     train_to_end,
 )  # fmt: skip
-from diffret_lib.training.losses import Columns, FalseNegatives, JointInfoNCE
-from diffret_lib.training.negatives import negatives_table
+from diffret_lib.training.losses import Columns, JointInfoNCE
 
 #: Seconds between checkpoints, besides those at every measurement.
 CHECKPOINT_SECONDS = 300
@@ -77,23 +75,6 @@ _NOT_OF_A_RUN = {
     "collections", "negatives", "development", "learning_rates", "selection_steps", "seeds", "temperatures", "adapters",
     "rows",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The data that all systems are trained on.
-
-    ``rows`` has the columns query, positive, negative_1, ..., negative_n.  ``names`` says where they come from,
-    ``fingerprint`` is a SHA-256 over it.  Of collections (:func:`training_data`) the others are known as well:
-    ``negatives`` has the columns collection, query_id, passage_id, source.
-    """
-
-    rows: Dataset
-    names: list[str]
-    fingerprint: str
-    collections: list[Collection] = field(default_factory=list)
-    negatives: pd.DataFrame | None = None
-    false_negatives: FalseNegatives | None = None
 
 
 @dataclass(frozen=True)
@@ -126,63 +107,6 @@ class FinetunedSystem:
     def kept(self) -> dict[str, Any]:
         """The record of the step of the adapter's weights."""
         return next(record for record in self.curve if record.get("kept"))
-
-
-def training_data(parts: Sequence[tuple[Collection, pd.DataFrame]]) -> TrainingData:
-    """A row for each query and passage relevant to it, with the query's hard negatives; equal texts are the same.
-
-    ``parts`` are collections with their mined negatives, the same number for each query.
-    """
-    rows, relevant = [], defaultdict(set)
-    codes: dict[str, int] = {}
-    for collection, negatives in parts:
-        texts = dict(zip(collection.passage_ids, collection.passages, strict=True))
-        mined = negatives.groupby("query_id")["passage_id"].agg(list)
-        for query_id, query in zip(collection.query_ids, collection.queries, strict=True):
-            positives = [texts[p] for p in collection.relevant(query_id)]
-            others = {f"negative_{i}": texts[p] for i, p in enumerate(mined.get(query_id, ()), 1)}
-            rows += [{"query": query, "positive": text, **others} for text in positives]
-            relevant[query].update(positives)
-        for text in texts.values():
-            codes.setdefault(text, len(codes))
-    passages = torch.tensor([[codes[text] for name, text in row.items() if name != "query"] for row in rows])
-    known = [torch.tensor(sorted(codes[text] for text in relevant[row["query"]])) for row in rows]
-    known = pad_sequence(known, batch_first=True, padding_value=-1)
-    negatives = pd.concat([frame.assign(collection=c.name) for c, frame in parts], ignore_index=True)
-    collections, false = [c for c, _ in parts], FalseNegatives(passages, known)
-    key = fingerprint([c.fingerprint for c in collections], negatives.to_dict("list"))
-    return TrainingData(Dataset.from_list(rows), list(map(_name, collections)), key, collections, negatives, false)
-
-
-def published_rows(rows: Dataset, name: str, n: int, seed: int = 0) -> TrainingData:
-    """Training data of :func:`~diffret_lib.data.beir.load_training_rows`: a row for each query, memory-mapped.
-
-    Its positive is the first one, its n hard negatives are drawn by ``seed`` (more than once where there are too few).
-    ValueError: a query has no negative.
-    """
-
-    def drawn(row: dict[str, Any], place: int) -> dict[str, str]:
-        if not (known := row["negatives"]):
-            raise ValueError(f"{name}: query {row['query_id']!r} has no hard negative")
-        chosen = np.random.default_rng([seed, place]).choice(len(known), n, replace=len(known) < n)
-        negatives = {f"negative_{i}": known[j] for i, j in enumerate(chosen, 1)}
-        return {"query": row["query"], "positive": row["positives"][0]} | negatives
-
-    def make(folder: Path) -> None:
-        how = {"with_indices": True, "remove_columns": rows.column_names, "desc": f"{name}: rows to train on"}
-        rows.map(drawn, cache_file_name=str(folder / "rows.arrow"), **how)
-
-    key = address([published_rows], Path(rows.cache_files[0]["filename"]).parent.name, n, seed)
-    return TrainingData(Dataset.from_file(str(fetch("rows", key, make) / "rows.arrow")), [name], key)
-
-
-def data_table(data: TrainingData) -> pd.DataFrame:
-    """A row for each source of the training data; of collections, with what their negatives come from."""
-    if not data.collections:
-        row = {"collection": data.names[0], "queries": len(data.rows)}
-        return pd.DataFrame([row | {"negatives_per_query": len(data.rows.column_names) - 2}])
-    own = ((c, data.negatives[data.negatives["collection"] == c.name]) for c in data.collections)
-    return pd.concat([negatives_table(*each) for each in own], ignore_index=True)
 
 
 def recipe_of(profile: Profile, system: str, learning_rate: float, repetition: int = 0) -> Recipe:
@@ -232,7 +156,7 @@ def finetune(
         "limits": {"training": settings | limits, "development": settings},
         "recipe": recipe.model_dump(mode="json", exclude=_NOT_OF_A_RUN),
         "data": {"fingerprint": data.fingerprint, "rows": len(data.rows), "collections": data.names},
-        "development": {"fingerprint": development.fingerprint, "collection": _name(development)},
+        "development": {"fingerprint": development.fingerprint, "collection": described(development)},
     }
     code = [finetune, type(retriever), type(retriever.reader)]
     key = address(code, about, [retriever.fingerprint(side) for side in SIDES])
@@ -277,6 +201,7 @@ def _made_together(key: str, make: Callable[[Path], None]) -> Path:
         asked[0] = True
         dist.broadcast_object_list(asked)
         make(folder)
+        dist.barrier()  # checkpoints stay until all have read them
 
     if get_rank() == 0:
         fetch("adapters", key, make_with_the_others)
@@ -287,6 +212,7 @@ def _made_together(key: str, make: Callable[[Path], None]) -> Path:
         with tempfile.TemporaryDirectory() as folder:
             if asked[0]:
                 make(Path(folder))
+                dist.barrier()
     dist.barrier()
     return fetch("adapters", key, make)
 
@@ -388,10 +314,6 @@ def _curve(history: Sequence[Mapping[str, Any]], kept: int) -> list[dict[str, An
         record.update({name.replace("eval_", "dev_"): entry[name] for name in entry.keys() & wanted})
     curve[kept]["kept"] = True
     return [dict(sorted(record.items())) for record in curve.values()]
-
-
-def _name(collection: Collection) -> str:
-    return f"{collection.name} ({collection.coverage})"
 
 
 def _lines(curve: Sequence[Mapping[str, Any]]) -> str:
