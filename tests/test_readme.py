@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 
+import pandas as pd
 import pytest
 from tiny import tiny_backbone
 
@@ -35,6 +37,19 @@ def test_the_python_example_works_for_each_system(name, tmp_path, capsys):
     for mode in space["retriever"].modes:
         space["retriever"].search(space["queries"], space["passages"], mode=mode)
     assert capsys.readouterr().out
+
+
+def test_verdicts_are_those_of_the_study():
+    folder = CHECKOUT / "results" / "study"
+    claims = json.loads((folder / "claims.json").read_text(encoding="utf-8"))["claims"]
+    rows = re.findall(r"^\| (\d) \| .* \| ([a-z ,]+) \|$", README, re.MULTILINE)
+    assert rows == [(str(claim["claim"]), claim["verdict"]) for claim in claims] and len(rows) == 7
+    tests = {test["comparison"]: test["verdict"] for test in claims[1]["tests"] if test["counts"] and test["value"]}
+    assert {name for name, verdict in tests.items() if verdict != "supported"} == {
+        "DiffRetriever multi (sparse) − DiffRetriever single (sparse)"
+    }
+    table = pd.read_csv(folder / "tables" / "evaluation_ndcg.csv")
+    assert table.loc[table["macro"].idxmax(), "system"] == "BM25" and set(table["training"]) == {"zero-shot"}
 
 
 def test_every_system_is_named():
