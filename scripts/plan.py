@@ -269,7 +269,7 @@ def plan(profile: Profile) -> Plan:
             rates[key] = [_seconds(retriever, study.test_collections[0], side) for side in SIDES]
         return rates[key][SIDES.index(side)] * tokens / (read[side] + PROMPT_TOKENS)
 
-    for notebook, part, retriever, collections, times, stays in _encodings(study):
+    for notebook, part, retriever, collections, times in _encodings(study):
         total, encoded = np.zeros(4), set()
         for collection, side in product(collections, SIDES):
             n, length = len(texts_of(collection, side)), read[side]
@@ -281,7 +281,8 @@ def plan(profile: Profile) -> Plan:
                 encoded |= {found.hub} if whole else set()
             length += PROMPT_TOKENS
             kept = n * retriever.vectors(side) * hidden * NUMBER_BYTES
-            if side == "passage" and not stays:  # the best passages of each segment, for MaxSim, means and sparse
+            if side == "passage" and not p.keep_passages and notebook != "02":
+                # the best passages of each segment, for MaxSim, means and sparse
                 kept = math.ceil(n / SEGMENT_TEXTS) * len(collection.queries) * min(n, p.top_k) * 3 * RANKED_BYTES
             total += n, n * length, kept / 1e9, n * seconds(retriever, side, length) / 3600
         rows.append((notebook, part, *(times * total)))
@@ -351,35 +352,35 @@ def products_per_second(dtype: str) -> float:
     return 2 * size**3 / best
 
 
-def _encodings(study: Outline) -> Iterator[tuple[str, str, Any, Sequence[Any], float, bool]]:
-    """All that a run encodes: notebook, part, retriever, collections, how often, and whether vectors are kept."""
+def _encodings(study: Outline) -> Iterator[tuple[str, str, Any, Sequence[Any], float]]:
+    """Everything that a run encodes: notebook, part, retriever, collections, and how often."""
     p, tests, pair = study.profile, study.test_collections, (max(study.profile.k_grid),) * 2
-    grids, keep = [study.train_collection, *study.grid_collections], p.keep_passages
+    grids = [study.train_collection, *study.grid_collections]
     sample = [study.sampled(p.train_collection, p.departures)]
-    yield "01", "departures: reading and length", study.diffretriever(*pair), sample, 10, keep
-    yield "01", "departures: answers", study.promptreps(p.promptreps_vectors), sample, 3, keep
+    yield "01", "departures: reading and length", study.diffretriever(*pair), sample, 10
+    yield "01", "departures: answers", study.promptreps(p.promptreps_vectors), sample, 3
     for dtype, alike in dtype_studies(study).items():
         other = Outline(alike.profile, alike._backbones)
         for system in other.systems(pair):
             if not isinstance(system.retriever, BM25):
-                yield "01", f"{system.name}, {dtype}", system.retriever, other.test_collections, 1, keep
+                yield "01", f"{system.name}, {dtype}", system.retriever, other.test_collections, 1
     if p.shared_text_grid:
         shared = study.diffretriever(sum(p.k_grid), sum(p.k_grid))  # as many masks as all together
-        yield "02", "grid, one pass over a text", shared, grids, 1, True
+        yield "02", "grid, one pass over a text", shared, grids, 1
     else:
         for k in p.k_grid:
-            yield "02", f"grid, K = {k}", study.diffretriever(k, k), grids, 1, True
+            yield "02", f"grid, K = {k}", study.diffretriever(k, k), grids, 1
     if study.fine_tuned and not p.training.rows:
         pools = [study.sampled(size.collection, size) for size in p.training.collections]
-        yield "03", "negatives", study.diffretriever(*pair), pools, 1, keep
+        yield "03", "negatives", study.diffretriever(*pair), pools, 1
     for system in study.systems(pair):
         if not isinstance(system.retriever, BM25):
-            yield "04", f"{system.name}, zero-shot", system.retriever, tests, 1, keep
+            yield "04", f"{system.name}, zero-shot", system.retriever, tests, 1
     for name in study.fine_tuned:
-        yield "04", f"{name}, fine-tuned", study.untrained(name, pair), tests, study.repetitions(name), keep
+        yield "04", f"{name}, fine-tuned", study.untrained(name, pair), tests, study.repetitions(name)
     for name, adapter in RELEASED.items():
         if adapter.backbone == p.backbones.diffusion:
-            yield "04", f"{name}, fine-tuned by the authors", study.diffretriever(*adapter.pair), tests, 1, keep
+            yield "04", f"{name}, fine-tuned by the authors", study.diffretriever(*adapter.pair), tests, 1
 
 
 def _seconds(retriever: Retriever, collection: Collection, side: Side) -> float:

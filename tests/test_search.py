@@ -170,6 +170,8 @@ def test_shapes_that_do_not_fit():
         maxsim_search(q, make(3, 2, 1), 0)
     with pytest.raises(ValueError, match="mode must be one of"):
         rank(q, q, "fuzzy", 3)
+    with pytest.raises(ValueError, match="kinds must be of maxsim, mean, sparse, not 'dense'"):
+        search.search(q, q, ["dense"], 3)
 
 
 @pytest.mark.parametrize("bad", [True, "4", 2.0, None, 10**30, 0, -1])
@@ -337,5 +339,5 @@ def test_parts_searched_apart_and_merged(top_k):
     parts = [search_parts(q, shards_of(p[a:b], 8), kinds, top_k, excluded, a) for a, b in itertools.pairwise(ends)]
     for kind in kinds:
         scores, indices = merged([part[kind] for part in parts], top_k)
-        assert (indices == whole[kind][1]).all()
+        assert (indices == whole[kind][1]).all() and indices.dtype == np.int64
         np.testing.assert_allclose(scores, whole[kind][0], rtol=1e-6, atol=1e-6)

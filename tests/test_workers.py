@@ -54,9 +54,7 @@ def content(cache: Path) -> dict[str, bytes]:
 def actors() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        if any(
-            "Worker.__" in word or "(Worker" in word or "MapWorker" in word for word in process.info["cmdline"] or ()
-        ):
+        if any("(Worker)" in word for word in process.info["cmdline"] or ()):
             found.append(process)
     return found
 

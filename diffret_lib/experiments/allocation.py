@@ -198,10 +198,10 @@ def allocator_table(
 
     ``values`` is from :func:`count_values`; ``chosen`` has the Kq of every query, and ``chance`` the chance level of
     the oracle's headroom over Kq.  A row for each collection, and one for ``macro``, the mean of those out of domain.
-    Columns collection,
-    queries, selected, adaptive, oracle_kq, headroom (oracle_kq less selected), chance, gain (adaptive less selected),
-    low, high, p and detectable (of the macro gain, as of :func:`~diffret_lib.experiments.comparison.paired`), closed
-    (gain / headroom; nan without any), mean_kq and changed (share that leaves the default).
+    Columns collection, queries, selected, adaptive, oracle_kq, headroom (oracle_kq less selected), chance, gain
+    (adaptive less selected), low, high, p and detectable (of the macro gain, as of
+    :func:`~diffret_lib.experiments.comparison.paired`), closed (gain / headroom; nan without any), mean_kq and changed
+    (share that leaves the default).
     """
     chosen = chosen.reindex(values.index)
     taken = values.to_numpy()[np.arange(len(values)), values.columns.get_indexer(chosen)]

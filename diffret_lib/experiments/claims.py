@@ -332,8 +332,8 @@ def write_claims(ledger: Ledger, path: str | Path) -> None:
 def describe(ledger: Ledger, claim: int) -> str:
     """A claim and what its verdict rests on, with what would decide each test that is not decided (Markdown).
 
-    Then the tests that do not count, and those whose verdict holds for the given collections only: with collections
-    resampled as well, their interval reaches over 0 or the bound.
+    Then those whose verdict holds for the given collections only (with collections resampled as well, their interval
+    reaches over 0 or the bound), and the tests that do not count.
     """
     text, tests = ledger.verdicts.set_index("claim").loc[claim], ledger.tests[ledger.tests["claim"] == claim]
     head = f"**Claim {claim}: {text['verdict']}.** {text['statement']}"

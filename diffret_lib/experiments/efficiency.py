@@ -121,13 +121,12 @@ def latency(study: Study, selected: Pair) -> pd.DataFrame:
     """Time queries: encoding (tokenisation included), searching as many passages, and both, for each size of a batch.
 
     Every system of the study at the counts that it uses, the grid's most masks, PromptReps' N forced, and for encoding
-    alone others up to the profile's largest.  The index is dense
-    (random vectors; the time does not depend on them), with a sparse one for systems that have that side.  Then
-    passages: encoding one of each length, at the fewest and the most vectors.  Columns quantity ("encoding", "search",
-    "end to end"), system, decoding, side, count (vectors of that side), k_passage, used (bool: by a system of the
-    study), batch, text_tokens, passages (in the index; 0: none), rounds, value, low, high (median and its 95 %
-    interval, nan for fewer than six rounds), unit ("ms"), and ratio, ratio_low, ratio_high: to one vector, all else
-    equal, within a round.
+    alone others up to the profile's largest.  The index is dense (random vectors; the time does not depend on them),
+    with a sparse one for systems that have that side.  Then passages: encoding one of each length, at the fewest and
+    the most vectors.  Columns quantity ("encoding", "search", "end to end"), system, decoding, side, count (vectors of
+    that side), k_passage, used (bool: by a system of the study), batch, text_tokens, passages (in the index; 0: none),
+    rounds, value, low, high (median and its 95 % interval, nan for fewer than six rounds), unit ("ms"), and ratio,
+    ratio_low, ratio_high: to one vector, all else equal, within a round.
     """
     p, rows, device = study.profile.efficiency, [], study.backbone("diffusion").device
     shortest, most, n = min(p.text_tokens), max(study.profile.k_grid), study.profile.promptreps_vectors

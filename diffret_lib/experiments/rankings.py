@@ -49,8 +49,8 @@ def _runs(found: Mapping[str, Ranking], collection: Collection, modes: Sequence[
 def same_passages(one: Collection, other: Collection) -> bool:
     """Whether two collections have the same passages in the same order, as far as their published source tells."""
     sources = published(one.name), published(other.name)
-    same = one is other or (all(sources) and sources[0].hub == sources[1].hub)
-    return same and list(one.passage_ids) == list(other.passage_ids)
+    same_source = all(sources) and sources[0].hub == sources[1].hub
+    return one is other or (same_source and list(one.passage_ids) == list(other.passage_ids))
 
 
 def streamed_rankings(

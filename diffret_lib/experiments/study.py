@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -386,7 +386,7 @@ def hard_passages(collection: Collection, count: int) -> dict[str, list[str]]:
 def grid_values(queries: Sides, passages: Sides, collection: Collection, top_k: int) -> pd.DataFrame:
     """Per-query nDCG@10 of every pair (Kq, Kp) of encodings in every mode; columns as of :meth:`Study.grid`."""
     frames = []
-    for kq, kp in itertools.product(queries, passages):
+    for kq, kp in product(queries, passages):
         for mode, run in rankings(queries[kq], passages[kp], collection, RANK_MODES, top_k).items():
             values = per_query(collection.qrels, run, [METRIC])
             frames.append(_long(values, collection).assign(k_query=kq, k_passage=kp, mode=mode))

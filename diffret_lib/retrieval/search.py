@@ -42,9 +42,11 @@ def search_parts(
     "maxsim" is the sum over query vectors of the largest dot product with a passage's vectors, each clamped at 0 from
     below, as the paper's reference does: a text's missing vectors, which are zero, change no score.  "mean" is the dot
     product of the means of each side's vectors, "sparse" that of the sparse weights, passages of score 0 among them.
-    Scores are float32.  The first passage has the index ``start``; ``excluded`` is as for :func:`rank`.  ValueError: a
-    side is missing, sizes or origins do not fit, or scores are not finite.
+    Scores are float32.  The first passage has the index ``start``; ``excluded`` is as for :func:`rank`.  ValueError: an
+    unknown kind, a side that is missing, sizes or origins that do not fit, or scores that are not finite.
     """
+    if wrong := set(kinds) - set(KINDS):
+        raise ValueError(f"kinds must be of {', '.join(KINDS)}, not {min(wrong)!r}")
     best = {kind: _Best(len(queries), whole_number("top_k", top_k), excluded) for kind in kinds}
     scores: dict[str, Score] = {}
     end = start

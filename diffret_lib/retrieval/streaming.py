@@ -36,21 +36,16 @@ def stream(
     (:func:`~diffret_lib.retrieval.workers.spread`).
     """
     queries = retriever.encode(asked, "query", cached=True)
-    sides = [
-        *map(retriever.fingerprint, SIDES),
-        list(asked),
-        kinds,
-        top_k,
-        excluded if excluded is None else excluded.tolist(),
-    ]
-    of_segment = partial(_segment, queries, passages, kinds, top_k, excluded, address([search_parts], *sides))
+    without = None if excluded is None else excluded.tolist()
+    key = address([search_parts], *map(retriever.fingerprint, SIDES), list(asked), kinds, top_k, without)
+    of_segment = partial(_segment, queries, passages, kinds, top_k, excluded, key)
     spread(retriever, of_segment, len(passages), SEGMENT_TEXTS, "searching passages")
     found: dict[str, Ranking] = {}
     for start in range(0, len(passages), SEGMENT_TEXTS):
         folder = of_segment(retriever, slice(start, start + SEGMENT_TEXTS), progress=True)
         for kind in kinds:
             best = tuple(np.load(folder / f"{kind}-{part}.npy") for part in ("scores", "indices"))
-            found[kind] = merged([found[kind], best], top_k) if kind in found else best
+            found[kind] = merged([found[kind], best] if kind in found else [best], top_k)
     return found
 
 
