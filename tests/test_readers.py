@@ -11,6 +11,7 @@ from sentence_transformers import MultiVectorEncoder, SparseEncoder
 from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
 from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaForCausalLM
 
 from diffret_lib.models.backbones import LoadedBackbone
@@ -339,6 +340,15 @@ def test_gradients_reach_the_model(folders):
         grads = [p.grad for p in backbone.model.parameters()]
         assert all(g is not None and torch.isfinite(g).all() for g in grads)
         assert any(g.any() for g in grads)
+
+
+def test_vectors_are_read_on_their_device(diffusion, monkeypatch):
+    reader = MaskedPositions(diffusion.model, diffusion.tokenizer, mask_id=diffusion.mask_id)
+    size = reader.vocab_size
+    monkeypatch.setattr(reader, "logits", lambda hidden: torch.empty(*hidden.shape[:2], size, device="meta"))
+    with FakeTensorMode(allow_non_fake_inputs=True):  # shapes and devices, and no values
+        out = reader.read(torch.empty(3, 2, 8, device="meta"), torch.ones(3, 5, dtype=torch.long, device="meta"))
+    assert {name: value.device.type for name, value in out.items()} == dict.fromkeys(out, "meta")
 
 
 def test_the_word_of_sentence_transformers_for_a_passage(diffusion):

@@ -40,6 +40,12 @@ def test_rows():
     assert len(whole[:0]) == 0 and len(whole[whole.lengths >= 0]) == 6
 
 
+@pytest.mark.parametrize("rows", [[99], -4, [True] * 5], ids=str)
+def test_rows_that_are_not_there(rows):
+    with pytest.raises(IndexError, match=r"texts are numbered 0\.\.2 here"):
+        Representations(np.zeros((3, 1, 2), np.float32), np.ones(3, int))[rows]
+
+
 def test_concatenate():
     a, b = random(2), random(3, seed=1)
     whole = Representations.concatenate([a, b])

@@ -155,7 +155,7 @@ class PromptReader(Reader):
         self.content_tokens = ContentTokens(self.tokenizer)
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(self.tokenizer.all_special_ids)
-        self.register_buffer("special_ids", torch.tensor(sorted(special)), False)
+        self.special_ids = torch.tensor(sorted(special))
 
     def text_ids(self, texts: list[str], side: Side) -> tuple[list[list[int]], Tensor]:
         """Ids of the cut texts, and those of the content words: int64 [batch, C], each once a row, padded with -1."""
@@ -192,7 +192,7 @@ class PromptReader(Reader):
 
     def before_special(self, predicted_ids: Tensor) -> Tensor:
         """Mark the positions that count: those before the first special token; all, if that is at the first."""
-        special = torch.isin(predicted_ids, self.special_ids)
+        special = torch.isin(predicted_ids, self.special_ids.to(predicted_ids.device))
         return (special.cumsum(1) == 0) | special[:, :1]
 
     def content_weights(self, logits: Tensor, valid: Tensor, content_ids: Tensor) -> Tensor:

@@ -73,9 +73,13 @@ class Representations:
         return 0 if self.dense is None else self.dense.shape[1]
 
     def __getitem__(self, rows: slice | Sequence[int] | np.ndarray) -> Representations:
-        """Some of the texts (a slice, indices or a boolean mask)."""
+        """Some of the texts (a slice, indices or a boolean mask); IndexError: there is no such text."""
+        try:
+            lengths = self.lengths[rows]
+        except IndexError as error:
+            raise IndexError(f"texts are numbered 0..{len(self) - 1} here: {error}") from None
         dense, sparse = (None if side is None else side[rows] for side in (self.dense, self.sparse))
-        return Representations(dense, self.lengths[rows], sparse, self.origin)
+        return Representations(dense, lengths, sparse, self.origin)
 
     @staticmethod
     def concatenate(parts: Sequence[Representations]) -> Representations:
