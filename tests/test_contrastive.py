@@ -288,6 +288,7 @@ def test_order_of_the_rows():
 def test_recipe_is_on_record(root):
     about = train(root, "RepLLaMA").about
     assert (about["recipe"]["rank"], about["recipe"]["alpha"], about["recipe"]["steps"]) == (16, 64, 5)
+    assert about["environment"]["versions"]["torch"] and about["environment"]["hardware"]["cpu"]
     assert about["trainable_parameters"] > 0 and about["recipe"].keys().isdisjoint({"adapters", "seeds"})
     limits = [about["limits"][part]["max_passage_tokens"] for part in ("training", "development")]
     assert limits == [32, 48]

@@ -33,6 +33,7 @@ from diffret_lib.addresses import address
 from diffret_lib.cache import atomic_path, fetch, work_folder, write_text
 from diffret_lib.config import Profile, Training, slug
 from diffret_lib.data.collection import Collection
+from diffret_lib.environment import hardware, versions
 from diffret_lib.models.backbones import BackboneError
 from diffret_lib.models.prompts import SIDES
 from diffret_lib.retrieval.metrics import METRIC, per_query
@@ -186,7 +187,8 @@ def finetune(
         curve = _curve(state.log_history, state.best_global_step)
         write_text(folder / "curve.jsonl", _lines(curve))
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        write_text(folder / "recipe.json", json.dumps(about | {"trainable_parameters": trainable}, indent=1) + "\n")
+        made = {"trainable_parameters": trainable, "environment": {"versions": versions(), "hardware": hardware()}}
+        write_text(folder / "recipe.json", json.dumps(about | made, indent=1) + "\n")
 
     return FinetunedSystem.load(_made_together(key, make))
 
