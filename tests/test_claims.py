@@ -334,6 +334,19 @@ def test_a_pair_that_is_not_in_the_grid_and_systems_of_other_queries(tmp_path):
     assert tests["verdict"]["1a"] != NOT_TESTED
 
 
+def test_a_mode_that_training_lowered_enters_no_verdict(tmp_path):
+    frame = per_query(levels())
+    single, tuned = frame["system"] == "DiffRetriever single", frame["training"] == "fine-tuned"
+    frame.loc[single & tuned & (frame["mode"] == "sparse"), "value"] -= 0.45
+    found = ledger(make(tmp_path, per_query=frame))
+    out = found.tests[found.tests["note"].str.startswith("DiffRetriever single, fine-tuned (")]
+    assert set(out["mode"]) == {"sparse", "hybrid"} and set(out["claim"]) == {1, 2}
+    assert not out["counts"].any() and (out["verdict"] == NOT_TESTED).all()
+    assert "undertrained, so in no verdict: DiffRetriever single, fine-tuned (hybrid)" in answer(found)
+    dense = found.tests[(found.tests["training"] == "fine-tuned") & (found.tests["mode"] == "dense")]
+    assert dense[dense["claim"] < 3]["counts"].all() and verdicts(found)[2] == "supported"
+
+
 @pytest.mark.parametrize("system", ["RepLLaMA", "DiffRetriever multi"])
 def test_an_undertrained_system_enters_no_verdict(tmp_path, found, system):
     means = levels(**{"fine_RepLLaMA": 0.05} if system == "RepLLaMA" else {"fine_DiffRetriever multi": 0.39})

@@ -243,6 +243,22 @@ def test_undertrained_systems():
     assert undertrained(data[data["training"] == "zero-shot"]) == {}
 
 
+def test_a_mode_that_training_lowered_is_undertrained_and_hybrid_with_it():
+    base, frames = np.linspace(0.2, 0.6, 30), []
+    for mode, change in (("dense", 0.1), ("sparse", -0.2), ("hybrid", 0.0)):
+        for values, *training in ((base,), (base + change, "fine-tuned")):
+            frames.append(by_system({"DiffRetriever single": values}, "one", *training).assign(mode=mode))
+    found = undertrained(pd.concat(frames))
+    name = "DiffRetriever single, fine-tuned"
+    assert found == {
+        f"{name} (sparse)": "undertrained: -0.200 [-0.200, -0.200] nDCG@10 over DiffRetriever single (sparse)",
+        f"{name} (hybrid)": "undertrained: its sparse side is",
+    }
+    systems = [System(f"DiffRetriever {n}", None, "fine-tuned") for n in ("single", "multi")]
+    planned = planned_comparisons(systems, found)
+    assert planned == [("DiffRetriever multi, fine-tuned", name, "dense")]
+
+
 def test_macro_average_stands_first():
     table = pd.concat([by_system({"A": [0.4], "B": [0.2]}, c).assign(value=lambda d, x=x: d["value"] + x)
                        for c, x in (("pydocs/numpy", 0.0), ("scifact", 0.2), ("pydocs/pandas-test", 0.5))])  # fmt: skip

@@ -21,7 +21,7 @@ collections.  Intervals over collections as well stand beside.  Directions:
 Whatever is neither is inconclusive.  Only tests that count enter a correction.  In a family ``each`` they are
 statements of their own: p is corrected by Holm over the family, and the verdict names the ones that hold.  In a family
 ``all`` the claim needs every one: by the intersection-union rule it is supported when each is by its raw p, and
-contradicted when one is by Holm's.  A test of an undertrained system
+contradicted when one is by Holm's.  A test of an undertrained system or mode
 (:func:`~diffret_lib.experiments.comparison.undertrained`) enters no verdict.
 """
 
@@ -143,12 +143,14 @@ class _Saved:
 def _numbers(saved: _Saved, test: Row) -> Row:
     """What a test finds in its table; a ValueError says what is not there.
 
-    A system that is undertrained, or a profile that trains none, leaves the test without a number.
+    A system or a mode that is undertrained, or a profile that trains none, leaves the test without a number.
     """
     if test["training"] == "fine-tuned":
         if not (saved.per_query["training"] == "fine-tuned").any():
             return {"note": NO_TRAINING}
-        for name in {test.get("ours", _MULTI), test.get("other", _MULTI)} & set(saved.undertrained):
+        ours, other = test.get("ours", _MULTI), test.get("other", _MULTI)
+        names = ours, other, f"{ours} ({test['mode']})", f"{other} ({test.get('against', test['mode'])})"
+        for name in filter(saved.undertrained.__contains__, names):
             return {"counts": False, "note": f"{name}: {saved.undertrained[name]}"}
     find = {"per_query": _compared, "claim4_ratios": _ratio, "grid_per_query": _losses, "oracle_chance": _beyond_chance}
     return find[test["table"]](saved, test)

@@ -241,10 +241,11 @@ def system_intervals(
 
 
 def undertrained(per_query: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, str]:
-    """Fine-tuned systems that enter no verdict, by name, with the reason.
+    """Fine-tuned systems, and modes of others (``"RepLLaMA, fine-tuned (dense)"``), that enter no verdict: the reasons.
 
     A system is undertrained when it beats its zero-shot form (RepLLaMA, which has none: mean pooling) clearly in none
-    of its modes: the 95 % interval of the macro difference, over all collections of the table, must lie above 0.
+    of its modes: the 95 % interval of the macro difference, over all collections of the table, must lie above 0.  A
+    mode of another system is when the interval lies below 0, and hybrid with it: it is the other side alone.
     """
     systems, reasons = by_system(per_query, per_query["collection"].unique()), {}
     tuned = per_query.loc[per_query["training"] != "zero-shot", ["system", "training"]].drop_duplicates()
@@ -256,6 +257,13 @@ def undertrained(per_query: pd.DataFrame, resamples: int = RESAMPLES, seed: int 
             best, mode = max(zip(gains, modes), key=lambda gain: gain[0]["value"])
             shown = f"{best['value']:+.3f} [{best['low']:+.3f}, {best['high']:+.3f}]"
             reasons[name] = f"undertrained: at best {shown} nDCG@10 over {form} ({mode})"
+            continue
+        lost = {mode: gain for mode, gain in zip(modes, gains) if gain["high"] < 0}
+        for mode, gain in lost.items():
+            shown = f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+            reasons[f"{name} ({mode})"] = f"undertrained: {shown} nDCG@10 over {form} ({mode})"
+        if (sides := lost.keys() & {"dense", "sparse"}) and "hybrid" in modes:
+            reasons.setdefault(f"{name} (hybrid)", f"undertrained: its {' and '.join(sorted(sides))} side is")
     return reasons
 
 
@@ -283,7 +291,7 @@ TEXT_ONLY_COMPARISONS = tuple(
 def planned_comparisons(systems: Sequence[System], left_out: Collection[str] = ()) -> list[Comparison]:
     """Those above, what fine-tuning adds to each system, and the same after it, where both systems are given.
 
-    ``left_out`` are names of systems (:func:`undertrained`) that are in no comparison.
+    ``left_out`` are names of systems and of modes (:func:`undertrained`) that are in no comparison.
     """
     several = [f"{name} {form}" for name in ("DiffRetriever", "PromptReps") for form in ("single", "multi")]
     added = [*product(several, MODES), ("DiffEmbed", "dense")]
@@ -292,7 +300,8 @@ def planned_comparisons(systems: Sequence[System], left_out: Collection[str] = (
     planned += [(f"{name}, fine-tuned", name, mode) for name, mode in added]
     planned += [(f"{better}, fine-tuned", f"{than}, fine-tuned", mode) for better, than, mode in after]
     names = {comparison_name(s.name, s.training) for s in systems} - {*left_out}
-    return [comparison for comparison in planned if names.issuperset(comparison[:2])]
+    planned = [comparison for comparison in planned if names.issuperset(comparison[:2])]
+    return [(a, b, mode) for a, b, mode in planned if not {f"{a} ({mode})", f"{b} ({mode})"} & {*left_out}]
 
 
 def seed_spread(study: Study, per_query: pd.DataFrame) -> pd.DataFrame:
