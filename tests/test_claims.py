@@ -5,7 +5,6 @@ import math
 from functools import cache
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import nbformat
