@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from diffret_lib.config import CHECKOUT, K_GRID, PROFILES_DIR, ProfileError, collection_folder, load_profile, slug
 from diffret_lib.data.protocols import read_published
+from diffret_lib.experiments.study import REPEATED, SYSTEMS
 
 
 @pytest.fixture
@@ -51,6 +52,10 @@ def test_the_profiles_that_come_with_the_project():
     training = study.training
     assert (training.steps, training.batch_size, training.negatives) >= (200, 16, 3)
     assert len(training.learning_rates) == 3
+    # the committed adapters are those of the profile: no seed is asked for that nobody trained, and none is left over
+    runs = [(system, r) for system in SYSTEMS for r in range(training.seeds if system in REPEATED else 1)]
+    folders = {slug(system) + (f"-seed-{r}" if r else "") for system, r in runs}
+    assert {path.name for path in (CHECKOUT / training.adapters).iterdir()} == folders
     assert [c.collection for c in training.collections] == ["pydocs/pandas-train", "beir/scifact:train"]
     assert (paper.training.batch_size, paper.training.negatives, paper.training.learning_rates) == (128, 15, [1e-4])
     pairs = {(p.backbones.diffusion, p.backbones.autoregressive) for p in (nano, paper, llada)}

@@ -253,16 +253,17 @@ def undertrained(per_query: pd.DataFrame, resamples: int = RESAMPLES, seed: int 
         name, form = comparison_name(system, training), ZERO_SHOT_FORM.get(system, system)
         modes = [mode for known, mode in systems if known == name and (form, mode) in systems]
         gains = [interval(differences(systems, (name, mode), (form, mode)), resamples, seed) for mode in modes]
+        shown = {
+            mode: f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] nDCG@10 over {form} ({mode})"
+            for mode, gain in zip(modes, gains)
+        }
         if gains and not any(gain["low"] > 0 for gain in gains):
-            best, mode = max(zip(gains, modes), key=lambda gain: gain[0]["value"])
-            shown = f"{best['value']:+.3f} [{best['low']:+.3f}, {best['high']:+.3f}]"
-            reasons[name] = f"undertrained: at best {shown} nDCG@10 over {form} ({mode})"
+            _, best = max(zip(gains, modes), key=lambda gain: gain[0]["value"])
+            reasons[name] = f"undertrained: at best {shown[best]}"
             continue
-        lost = {mode: gain for mode, gain in zip(modes, gains) if gain["high"] < 0}
-        for mode, gain in lost.items():
-            shown = f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
-            reasons[f"{name} ({mode})"] = f"undertrained: {shown} nDCG@10 over {form} ({mode})"
-        if (sides := lost.keys() & {"dense", "sparse"}) and "hybrid" in modes:
+        lost = [mode for mode, gain in zip(modes, gains) if gain["high"] < 0]
+        reasons |= {f"{name} ({mode})": f"undertrained: {shown[mode]}" for mode in lost}
+        if (sides := {"dense", "sparse"} & {*lost}) and "hybrid" in modes:
             reasons.setdefault(f"{name} (hybrid)", f"undertrained: its {' and '.join(sorted(sides))} side is")
     return reasons
 
@@ -300,8 +301,10 @@ def planned_comparisons(systems: Sequence[System], left_out: Collection[str] = (
     planned += [(f"{name}, fine-tuned", name, mode) for name, mode in added]
     planned += [(f"{better}, fine-tuned", f"{than}, fine-tuned", mode) for better, than, mode in after]
     names = {comparison_name(s.name, s.training) for s in systems} - {*left_out}
-    planned = [comparison for comparison in planned if names.issuperset(comparison[:2])]
-    return [(a, b, mode) for a, b, mode in planned if not {f"{a} ({mode})", f"{b} ({mode})"} & {*left_out}]
+    return [
+        (better, than, mode) for better, than, mode in planned
+        if {better, than} <= names and not {f"{better} ({mode})", f"{than} ({mode})"} & {*left_out}
+    ]  # fmt: skip
 
 
 def seed_spread(study: Study, per_query: pd.DataFrame) -> pd.DataFrame:
