@@ -4,6 +4,7 @@ import json
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,11 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from diffret_lib.config import load_profile
+from diffret_lib.experiments import stages
 from diffret_lib.experiments.stages import in_words
 from diffret_lib.models.backbones import load_backbone, make_bidirectional
 from diffret_lib.models.prompts import RetrievalPrompt
 from diffret_lib.training import adaptation
-from diffret_lib.training.adaptation import adapt, adaptation_table, layers, read_curves
+from diffret_lib.training.adaptation import UNADAPTED, adapt, adaptation_table, layers, read_curves
 from diffret_lib.training.lora import add_lora, export_adapter, last_checkpoint, save_adapter
 from diffret_lib.training.masked_diffusion import (
     TARGETS,
@@ -547,3 +550,14 @@ def test_published_backbone(folder, tmp_path, monkeypatch):
         assert "license: apache-2.0" in card and f"# {name}" in card and "6.00" in card and "{" not in card
         assert all(v.dtype == torch.bfloat16 for v in weights(target / name).values())
     assert adaptation.read_log(target / publish_backbone.ANSWERS)["curve"] == CURVE
+
+
+def test_stages_begin_with_the_autoregressive_parent(monkeypatch):
+    """Whether or not the profile names the text-only backbone: no stage stands in for the parent."""
+    loaded = []
+    monkeypatch.setattr(stages, "load_backbone", lambda name, **options: loaded.append((name, options.get("adapter"))))
+    for profile in map(load_profile, ("study", "embedded")):
+        found = stages.stage_backbones(SimpleNamespace(profile=profile, backbone=lambda role: None))
+        assert list(found) == [UNADAPTED, "smollm2-135m-diffusion-text", "smollm2-135m-diffusion"]
+        assert loaded == [("smollm2-135m-diffusion-text", None), ("smollm2-135m-diffusion-text", "none")]
+        loaded.clear()

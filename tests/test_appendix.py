@@ -48,7 +48,7 @@ def results(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("results") / "embedded"
     (folder / "notebooks").mkdir(parents=True)
     (folder / "tables").mkdir()
-    others = EMBEDDED / "tables" / "claims.md", EMBEDDED / "run.json"
+    others = EMBEDDED / "tables" / "claims.csv", EMBEDDED / "run.json"
     for path in (*(EMBEDDED / "notebooks").glob("0[147]_*.ipynb"), *others):
         shutil.copy(path, folder / path.relative_to(EMBEDDED))
     nbformat.write(executed(new_output("display_data", {"text/html": WIDE})), folder / "notebooks" / "98_wide.ipynb")
@@ -66,7 +66,8 @@ def test_pages(results):
     assert [p.stem[:2] for p in pages(results)[1:]] == ["01", "04", "07", "98"]
     run = json.loads((results / "run.json").read_text(encoding="utf-8"))
     shown = "A reproducibility study of", "98 Scores &lt; 1 &amp; more", "DiffRetriever with a single mask"
-    for text in (*shown, run["hardware"]["cpu"], run["versions"]["torch"], "peak memory (GB)", "98_wide.html"):
+    shown += run["hardware"]["cpu"], run["versions"]["torch"], "peak memory (GB)", "memory (GB)", "98_wide.html"
+    for text in shown:
         assert text in index
     assert 'href="07_claims.html"' in notebooks[-1]
     for page in (index, *notebooks):

@@ -26,6 +26,7 @@ from diffret_lib.experiments.claims import (
     combine,
     decide,
     describe,
+    untested,
     write_claims,
 )
 from diffret_lib.experiments.comparison import compare_systems, transfer
@@ -264,10 +265,11 @@ def test_no_claim_can_be_decided(tmp_path):
     found = ledger(results)
     assert set(found.verdicts["verdict"]) == {INCONCLUSIVE}
     own = found.tests.set_index("id").loc["2a"]
-    text = f"{own['detectable']:.3f} is detectable at 80 % power; to find a true difference of the measured size with "
-    text += "80 % power takes more than 100,000 queries"
+    text = f"{own['detectable']:.3f} is detectable at 80 % power; if the true difference is as measured, to find it "
+    text += "takes more than 100,000 queries"
     text = f"(dense) − DiffRetriever single (dense): {own['value']:+.3f} was measured, {text}"
     assert f"- 2a, DiffRetriever multi {text}" in describe(found, 2)
+    assert "if the true difference is as measured, to show that it lies below 0.02 takes" in describe(found, 3)
 
 
 def test_nothing_was_run(tmp_path):
@@ -280,6 +282,7 @@ def test_nothing_was_run(tmp_path):
     write_claims(found, tmp_path / "claims.json")
     assert [c["verdict"] for c in json.loads((tmp_path / "claims.json").read_text())["claims"]] == [NOT_TESTED] * 7
     assert "04_evaluation writes it" in describe(found, 1)
+    assert all(name in untested(found.tests) for name in found.tests["id"])
     assert "**not tested**: 1, 2, 3, 4, 5, 6, 7" in answer(found) and "in part" not in answer(found)
     plt.close(figures.claims_forest(found.tests))
 
@@ -515,7 +518,7 @@ def test_notebooks_of_a_profile_that_trains_nothing(world, tmp_path, monkeypatch
                 exec(compile(cell.source, f"{name} {cell.id}", "exec"), space)
     plt.close("all")
     text = "\n".join(shown)
-    assert text.count("No system is fine-tuned in this profile.") == 2 and "nan" not in text
+    assert text.count("No system is fine-tuned in this profile.") == 1 and "nan" not in text
     assert f"**not tested** ({NO_TRAINING})" in text
     assert "**Claim 7: " in shown[-1]
     assert (results.folder / "claims.json").is_file() and len(drawn) in (9, 10) and all(drawn.values())

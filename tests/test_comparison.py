@@ -234,7 +234,7 @@ def test_undertrained_systems():
     data = pd.concat([by_system(*given) for c in ("one", "two") for given in ((zero, c), (tuned, c, "fine-tuned"))])
     found = undertrained(data)
     assert set(found) == {"RepLLaMA, fine-tuned", "PromptReps multi, fine-tuned"}
-    reason = "undertrained: at best -0.100 [-0.100, -0.100] nDCG@10 over Mean pooling (dense)"
+    reason = "undertrained: at best -0.100 [-0.100, -0.100] nDCG@10 against Mean pooling (dense)"
     assert found["RepLLaMA, fine-tuned"] == reason
     # one mode in which the gain is clear is enough
     hybrid = data[data["system"].str.startswith("PromptReps")].assign(mode="hybrid")
@@ -251,8 +251,8 @@ def test_a_mode_that_training_lowered_is_undertrained_and_hybrid_with_it():
     found = undertrained(pd.concat(frames))
     name = "DiffRetriever single, fine-tuned"
     assert found == {
-        f"{name} (sparse)": "undertrained: -0.200 [-0.200, -0.200] nDCG@10 over DiffRetriever single (sparse)",
-        f"{name} (hybrid)": "undertrained: its sparse side is",
+        f"{name} (sparse)": "undertrained: -0.200 [-0.200, -0.200] nDCG@10 against DiffRetriever single (sparse)",
+        f"{name} (hybrid)": "its sparse side is undertrained",
     }
     systems = [System(f"DiffRetriever {n}", None, "fine-tuned") for n in ("single", "multi")]
     planned = planned_comparisons(systems, found)

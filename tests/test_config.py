@@ -51,7 +51,7 @@ def test_the_profiles_that_come_with_the_project():
     assert (embedded.dtype, study.dtype, paper.dtype) == ("float32", "auto", "bfloat16")  # equal bytes, and speed
     training = study.training
     assert (training.steps, training.batch_size, training.negatives) >= (200, 16, 3)
-    assert len(training.learning_rates) == 3
+    assert len(training.learning_rates) >= 3 and training.seeds == 3
     # the committed adapters are those of the profile: no seed is asked for that nobody trained, and none is left over
     runs = [(system, r) for system in SYSTEMS for r in range(training.seeds if system in REPEATED else 1)]
     folders = {slug(system) + (f"-seed-{r}" if r else "") for system, r in runs}

@@ -326,6 +326,34 @@ def test_learning_rate_is_chosen_on_the_development_collection(root, monkeypatch
         finetune_selected("DiffEmbed", *given[:2], longer, dev)
 
 
+def test_a_rate_that_lowers_a_mode_is_given_up(monkeypatch):
+    """Of the rates, best first on the development collection, the first whose training lowers no mode is taken."""
+    start = {"step": 0, "dev_dense": 0.5, "dev_sparse": 0.6, "dev_hybrid": 0.6, "dev_ndcg": 0.6}
+    values = {0.1: (0.8, 0.0, 0.9), 0.2: (0.8, 0.59, 0.8), 0.3: (0.5, 0.6, 0.7)}
+    dead = {0.1, 0.2}
+
+    def finetune(system, retriever, data, recipe, development, callbacks=()):
+        dense, sparse, hybrid = values[recipe.learning_rate]
+        sparse = sparse if recipe.learning_rate in dead else 0.6
+        kept = {"dev_dense": dense, "dev_sparse": sparse, "dev_hybrid": hybrid, "dev_ndcg": hybrid}
+        curve = [start, {"step": recipe.steps, "kept": True} | kept]
+        return FinetunedSystem(system, Path("adapter"), curve, {"recipe": recipe.model_dump()})
+
+    monkeypatch.setattr("diffret_lib.training.contrastive.finetune", finetune)
+    profile = make_profile(learning_rates=[0.3, 0.1, 0.2], selection_steps=2)
+    given = "DiffRetriever single", None, None, profile, None
+    result = finetune_selected(*given, repetition=1)
+    assert (result.about["recipe"]["learning_rate"], result.repetition, result.lost) == (0.3, 1, [])
+    assert [(t["learning_rate"], t["steps"], t.get("lost")) for t in result.selection] == [
+        (0.3, 2, None), (0.1, 2, None), (0.2, 2, None), (0.1, 5, "sparse"), (0.2, 5, "sparse"),
+    ]  # fmt: skip
+    dead.add(0.3)
+    values[0.3] = (0.4, 0.6, 0.7)
+    result = finetune_selected(*given)  # all lower a mode: the best on the development collection
+    assert result.about["recipe"]["learning_rate"] == 0.1
+    assert [t["lost"] for t in result.selection[3:]] == ["sparse", "sparse", "dense"]
+
+
 def test_bfloat16_trains_float32_adapters(root):
     result = train(root, "DiffRetriever multi", dtype="bfloat16", temperature=1.0)
     assert {weight.dtype for weight in weights(result.adapter).values()} == {torch.float32}

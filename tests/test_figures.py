@@ -72,6 +72,9 @@ def test_grid_has_one_scale_and_marks_the_pair():
     np.testing.assert_allclose([ax.collections[0].get_clim() for ax in fig.axes], [(0.11, 0.44)] * 4)
     assert all([(p.get_x(), p.get_y()) for p in ax.patches] == [(2, 1)] for ax in fig.axes)
     assert not any(ax.patches for ax in figures.grid(grid(), "three").axes)
+    limits = figures.grid_limits(grid(), grid().assign(value=0.9))  # one scale for two figures
+    both = figures.grid(grid(), "three", limits=limits)
+    np.testing.assert_allclose([ax.collections[0].get_clim() for ax in both.axes], [(0.11, 0.9)] * 4)
     for ax in fig.axes:  # a number is readable on its cell
         cells = [relative_luminance(colour) for colour in ax.collections[0].get_facecolors()]
         texts = [relative_luminance(text.get_color()) for text in ax.texts]
@@ -84,7 +87,7 @@ def test_effectiveness_and_collections():
     means = table.groupby(["training", "system", "mode"], sort=False)["value"].mean().reset_index()
     tuned = means["training"] == "fine-tuned"
     means = pd.concat([means[~tuned], means[tuned][::-1]])
-    fig = figures.effectiveness(means.assign(low=means["value"] - 0.05, high=means["value"] + 0.05))
+    fig = figures.effectiveness(means.assign(low=means["value"] - 0.05, high=means["value"] + 0.05), "3 collections")
     legible(fig)
     assert [ax.get_title() for ax in fig.axes] == ["zero-shot", "fine-tuned"]
     orders = [[label.get_text() for label in ax.get_yticklabels()] for ax in fig.axes]
@@ -94,8 +97,11 @@ def test_effectiveness_and_collections():
     assert dashed == [list(bm25)] * 2
     fig = figures.per_collection(table)
     legible(fig)
-    points = np.concatenate([ax.collections[0].get_offsets() for ax in fig.axes])
+    lines = [line.get_xydata() for ax in fig.axes for line in ax.lines if line.get_marker() not in ("", "None")]
+    points = np.concatenate([line for line in lines if len(line)])
+    points = points[~np.isnan(points).any(1)]
     assert len(points) == 2 * 7 * len(COLLECTIONS)  # a dot a system, in its hybrid or only mode
+    assert len(np.unique(points[:, 1])) == 7 * len(COLLECTIONS)  # none at the height of another one
     own = table[(table["system"] == "DiffRetriever multi") & (table["mode"] == "hybrid")]
     assert set(own["value"]) <= set(points[:, 0])
 

@@ -107,6 +107,9 @@ def test_intervals_marks_and_p():
     assert shown["size kb"].tolist() == ["10000", "197", ""] and shown["fingerprint"][0] == "ab" * 6
     assert "note" not in shown and "low" not in shown
     assert readable(frame, {"difference": ".1f"})["difference"][0] == "0.5† [0.4, 10.6]*"
+    small = readable(pd.DataFrame({"change": [-0.0001, -0.5], "needed_queries": [1234.0, 441468730.0]}))
+    assert small["change"].tolist() == ["0.000", "-0.500"]
+    assert small["needed queries"].tolist() == ["1,234", "> 100,000"]
 
 
 def wide() -> pd.DataFrame:

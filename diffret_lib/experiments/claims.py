@@ -331,6 +331,13 @@ def write_claims(ledger: Ledger, path: str | Path) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def untested(tests: pd.DataFrame) -> str:
+    """The tests of a ledger that were not made, and why, a line for each reason (Markdown)."""
+    groups = tests[tests["value"].isna()].groupby("note", sort=False)["id"]
+    lines = [f"- Not tested: {', '.join(ids)} ({note})." for note, ids in groups]
+    return "\n".join(lines) or "All tests were made."
+
+
 def describe(ledger: Ledger, claim: int) -> str:
     """A claim and what its verdict rests on, with what would decide each test that is not decided (Markdown).
 
@@ -347,13 +354,16 @@ def describe(ledger: Ledger, claim: int) -> str:
             f"{own['p_corrected'].max():.2g} within the claim and {own['p_all'].max():.2g} over all gains; with "
             f"collections resampled as well, {int((own['low_all'] > 0).sum())} of {len(own)} intervals lie above 0."
         )
-    lines = [f"{head} *Tests:* {text['where'] or 'none'}. *Not shown:* {text['not_shown']}\n"]
+    lines = [f"{head} *Tests:* {text['where'] or 'none'}. *Not shown:* {text['not_shown']} "
+             f"*Evidence:* {text['evidence']}.\n"]
     open_ = tests[tests["counts"] & (tests["verdict"] == INCONCLUSIVE) & tests["detectable"].notna()]
     for test in open_.itertuples():
         needed = f"about {test.needed_queries:,.0f}" if test.needed_queries < 1e5 else "more than 100,000"
+        within = test.direction in ("no gain", "at most")
+        goal = f"show that it lies below {test.bound:g}" if within else "find it"
         lines.append(
             f"- {test.id}, {test.comparison}: {test.value:+.3f} was measured, {test.detectable:.3f} is detectable at "
-            f"80 % power; to find a true difference of the measured size with 80 % power takes {needed} queries."
+            f"80 % power; if the true difference is as measured, to {goal} takes {needed} queries."
         )
     for test in tests[tests["verdict"].isin([SUPPORTED, CONTRADICTED]) & tests["counts"]].itertuples():
         held = test.bound if test.direction in ("no gain", "at most") or test.verdict == CONTRADICTED else 0.0

@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from diffret_lib.data.collection import lexical_overlap
-from diffret_lib.experiments.study import TEXT_ONLY, Study, System, macro
+from diffret_lib.experiments.study import REPEATED, TEXT_ONLY, Study, System, macro
 from diffret_lib.retrieval.metrics import METRIC, holm, macro_average, macro_randomization_p
 from diffret_lib.retrieval.search import MODES, SELECTION_MODE
 from diffret_lib.retrieval.systems import BM25
@@ -254,7 +254,7 @@ def undertrained(per_query: pd.DataFrame, resamples: int = RESAMPLES, seed: int 
         modes = [mode for known, mode in systems if known == name and (form, mode) in systems]
         gains = [interval(differences(systems, (name, mode), (form, mode)), resamples, seed) for mode in modes]
         shown = {
-            mode: f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] nDCG@10 over {form} ({mode})"
+            mode: f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] nDCG@10 against {form} ({mode})"
             for mode, gain in zip(modes, gains)
         }
         if gains and not any(gain["low"] > 0 for gain in gains):
@@ -264,7 +264,7 @@ def undertrained(per_query: pd.DataFrame, resamples: int = RESAMPLES, seed: int 
         lost = [mode for mode, gain in zip(modes, gains) if gain["high"] < 0]
         reasons |= {f"{name} ({mode})": f"undertrained: {shown[mode]}" for mode in lost}
         if (sides := {"dense", "sparse"} & {*lost}) and "hybrid" in modes:
-            reasons.setdefault(f"{name} (hybrid)", f"undertrained: its {' and '.join(sorted(sides))} side is")
+            reasons.setdefault(f"{name} (hybrid)", f"its {' and '.join(sorted(sides))} side is undertrained")
     return reasons
 
 
@@ -307,19 +307,24 @@ def planned_comparisons(systems: Sequence[System], left_out: Collection[str] = (
     ]  # fmt: skip
 
 
-def seed_spread(study: Study, per_query: pd.DataFrame) -> pd.DataFrame:
-    """Macro nDCG@10 of the systems that were trained with several seeds; no rows where none was.
+def seed_spread(study: Study) -> pd.DataFrame:
+    """Macro nDCG@10, out of domain, of the systems that were trained with several seeds, on the profile's sample.
 
-    ``per_query`` has the first seed's values.  Columns system, mode, seeds, mean, standard_deviation, least, most.
+    No rows without ``training.seeds_sample``.  Columns system, mode, seeds, mean, standard_deviation, least, most,
+    queries (of all collections together).
     """
-    further = [s for r in range(1, study.profile.training.seeds) for s in study.fine_tuned_systems(r)]
-    frames = [per_query[per_query["training"] == "fine-tuned"]]
-    frames += [study.evaluate(system, study.test_collections) for system in further]
-    cells = pd.concat(frames, ignore_index=True)
-    cells = cells[cells["system"].isin([s.name for s in further]) & cells["collection"].isin(study.out_of_domain)]
+    p, sample = study.profile, study.profile.training.seeds_sample
+    columns = ["system", "mode", "seeds", "mean", "standard_deviation", "least", "most", "queries"]
+    systems = [s for r in range(p.training.seeds) for s in study.fine_tuned_systems(r) if s.name in REPEATED]
+    if sample is None or not systems:
+        return pd.DataFrame(columns=columns)
+    named = zip(p.test_collections, study.test_collections, strict=True)
+    parts = [study.sampled(name, sample) for name, whole in named if whole.name in study.out_of_domain]
+    cells = pd.concat([study.evaluate(system, parts) for system in systems], ignore_index=True)
     cells = macro(cells[cells["metric"] == METRIC], ["system", "mode", "training"])
     spread = {"seeds": "count", "mean": "mean", "standard_deviation": "std", "least": "min", "most": "max"}
-    return cells.groupby(["system", "mode"])["value"].agg(**spread).reset_index()
+    table = cells.groupby(["system", "mode"])["value"].agg(**spread).reset_index()
+    return table.assign(queries=sum(len(part.queries) for part in parts))[columns]
 
 
 def compare_systems(
@@ -369,7 +374,8 @@ def maxsim_over_mean(intervals: pd.DataFrame) -> str:
     values = intervals.set_index(["system", "training", "mode"])["value"]
     several = [key[:2] for key in values.index if key[2] == "mean"]
     gains = [(f"{name}, {how}", values[name, how, "dense"] - values[name, how, "mean"]) for name, how in several]
-    return "MaxSim over the dot product of the mean vectors: " + "; ".join(f"{n} {g:+.3f}" for n, g in gains) + "."
+    said = "; ".join(f"{name} {gain:+.3f}" for name, gain in gains)
+    return f"MaxSim adds to macro nDCG@10, over the dot product of the mean vectors: {said}."
 
 
 def ablation_answer(study: Study, losses: pd.DataFrame, shared: pd.DataFrame) -> str:
@@ -390,7 +396,7 @@ def ablation_answer(study: Study, losses: pd.DataFrame, shared: pd.DataFrame) ->
     return (
         f"Training queries select (Kq, Kp) = {study.selected}, which changes macro nDCG@10 against one vector a side "
         f"by {gain[0]:+.3f} (hybrid) and {gain[1]:+.3f} (dense) over {len(lost)} out-of-domain collections with "
-        f"{lost['queries'].sum():,} queries; {one_pass}. It loses {lost['held_out_loss'].mean():+.3f} on average "
-        f"against the pair that the other half of each collection's queries would choose ({lost['loss'].mean():+.3f} "
-        "in hindsight)."
+        f"{lost['queries'].sum():,} queries; {one_pass}. It loses {lost['held_out_loss'].mean():.3f} nDCG@10 "
+        f"on average against the pair that the other half of each collection's queries would choose "
+        f"({lost['loss'].mean():.3f} in hindsight)."
     )

@@ -106,8 +106,8 @@ def departures_summary(table: pd.DataFrame) -> str:
         row = rows.loc[rows["difference"].abs().idxmax()]
         kept = row["reference"] if row["ours"] == "reference" else row["other"]
         lines.append(
-            f"- {choice}: **{row['difference']:+.3f}** at most, {row['system']} ({row['mode']}), {row['other']} "
-            f"against {row['reference']}; here: {kept}."
+            f"- {choice}: the largest effect is **{row['difference']:+.3f}** ({row['system']}, {row['mode']}), of "
+            f"*{row['other']}* in place of *{row['reference']}*; used here: *{kept}*."
         )
     return "\n".join(lines)
 

@@ -252,10 +252,10 @@ def oracle_answer(chance: pd.DataFrame) -> str:
     """One sentence (Markdown) on :func:`oracle_chance`."""
     rows = chance[chance["reference"] == "best fixed"].set_index("kind")
     room, level, beyond = (rows.loc[kind] for kind in ("headroom", "chance", "beyond chance"))
-    clear = "beyond chance" if beyond["p"] < 0.05 and beyond["value"] > 0 else "no more than chance"
+    clear = "clearly" if beyond["p"] < 0.05 and beyond["value"] > 0 else "not clearly"
     return (
         f"An oracle that knows each query's best pair gains **{room['value']:+.3f}** [{room['low']:+.3f}, "
         f"{room['high']:+.3f}] nDCG@10 over the best fixed pair, and {level['value']:.3f} where all pairs are equally "
-        f"good: the difference, **{beyond['value']:+.3f}** [{beyond['low']:+.3f}, {beyond['high']:+.3f}] "
-        f"(p = {beyond['p']:.2g}, {beyond['queries']} queries), is {clear}."
+        f"good (chance): beyond chance remain **{beyond['value']:+.3f}** [{beyond['low']:+.3f}, {beyond['high']:+.3f}] "
+        f"(p = {beyond['p']:.2g}, {beyond['queries']:,} queries), {clear} above zero."
     )

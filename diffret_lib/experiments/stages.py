@@ -9,7 +9,7 @@ import pandas as pd
 from diffret_lib.data import load_collection
 from diffret_lib.data.collection import Collection
 from diffret_lib.experiments.study import Study, System
-from diffret_lib.models.backbones import LoadedBackbone, load_backbone
+from diffret_lib.models.backbones import LoadedBackbone, get_backbone, load_backbone
 from diffret_lib.retrieval.metrics import METRIC
 from diffret_lib.retrieval.systems import BM25, DiffRetriever
 from diffret_lib.training.adaptation import UNADAPTED
@@ -21,11 +21,13 @@ APART = ("beir/scifact", "ir/cranfield", "ir/medline", "ir/npl")
 
 
 def stage_backbones(study: Study) -> dict[str, LoadedBackbone]:
-    """Backbones by the name of what they are: the parent with bidirectional attention, then the profile's, in order."""
-    names = study.profile.backbones
-    bare = load_backbone(names.text_only or names.diffusion, adapter="none", dtype=study.profile.dtype)
-    roles = ("text_only", "diffusion") if names.text_only else ("diffusion",)
-    return {UNADAPTED: bare} | {getattr(names, role): study.backbone(role) for role in roles}
+    """Backbones by name: the autoregressive parent with bidirectional attention, then each stage, to the profile's."""
+    name, dtype = study.profile.backbones.diffusion, study.profile.dtype
+    chain = [name]
+    while (above := get_backbone(chain[0]).source.parent) and get_backbone(above).family == "diffusion":
+        chain.insert(0, above)
+    stages = {stage: load_backbone(stage, dtype=dtype) for stage in chain[:-1]} | {name: study.backbone("diffusion")}
+    return {UNADAPTED: load_backbone(chain[0], adapter="none", dtype=dtype)} | stages
 
 
 def stage_retrieval(study: Study, backbones: Mapping[str, LoadedBackbone], collection: Collection) -> pd.DataFrame:

@@ -134,13 +134,28 @@ def curves(log: dict) -> Figure:
     return fig
 
 
-def grid(values: pd.DataFrame, title: str, selected: tuple[int, int] | None = None) -> Figure:
-    """Heat maps of nDCG@10 over (Kq, Kp), one for each mode, on one colour scale; the selected pair is framed."""
-    maps = {mode: heat_map(values, mode) for mode in RANK_MODES if mode in set(values["mode"])}
-    cells = np.concatenate([m.to_numpy().ravel() for m in maps.values()])
+def _grid_maps(values: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    return {mode: heat_map(values, mode) for mode in RANK_MODES if mode in set(values["mode"])}
+
+
+def grid_limits(*grids: pd.DataFrame) -> tuple[float, float]:
+    """The least and the largest cell of several grids: one colour scale for their heat maps."""
+    cells = np.concatenate([m.to_numpy().ravel() for values in grids for m in _grid_maps(values).values()])
+    return cells.min(), cells.max()
+
+
+def grid(
+    values: pd.DataFrame, title: str, selected: tuple[int, int] | None = None,
+    limits: tuple[float, float] | None = None,
+) -> Figure:  # fmt: skip
+    """Heat maps of nDCG@10 over (Kq, Kp), one for each mode; the selected pair is framed.
+
+    ``limits`` of the colour scale are those of :func:`grid_limits`, by default of this grid alone.
+    """
+    maps, (least, most) = _grid_maps(values), limits or grid_limits(values)
     fig, axes = _panels(len(maps), 1.75, 2, sharex=True, sharey=True)
     for ax, (mode, means) in zip(axes, maps.items()):
-        scale = {"vmin": cells.min(), "vmax": cells.max(), "cmap": "cividis", "cbar": False}
+        scale = {"vmin": least, "vmax": most, "cmap": "cividis", "cbar": False}
         text = means.map(lambda value: f"{value:.2f}".removeprefix("0"))
         sns.heatmap(means, annot=text, fmt="", ax=ax, annot_kws={"size": 8}, **scale)
         _contrast(ax)
@@ -156,10 +171,11 @@ def grid(values: pd.DataFrame, title: str, selected: tuple[int, int] | None = No
     return fig
 
 
-def effectiveness(table: pd.DataFrame) -> Figure:
+def effectiveness(table: pd.DataFrame, over: str) -> Figure:
     """Macro nDCG@10 of every system and mode with its interval; a panel for each training, all with a line at BM25.
 
     ``table`` has the columns training, system, mode, value, low and high; a system has one row in every panel.
+    ``over`` names what the macro is of.
     """
     order = {system: place for place, system in enumerate(table["system"].unique())}
     table = table.sort_values("system", key=lambda names: names.map(order), kind="stable")
@@ -170,7 +186,7 @@ def effectiveness(table: pd.DataFrame) -> Figure:
     for ax, rows in zip(axes, panels):
         rows = rows.assign(system=_wrapped(rows["system"], 22))
         _forest(ax, rows, "system", "mode", looks, dodge=0.5)
-        ax.set(title=rows["training"].iloc[0], xlabel="macro nDCG@10, 95 % interval")
+        ax.set(title=rows["training"].iloc[0], xlabel=f"macro nDCG@10, 95 % interval\n({over})")
         for value in table.loc[table["system"] == "BM25", "value"]:
             ax.axvline(value, color=_METHODS["BM25"], linestyle="--", linewidth=1, label="BM25")
     _legend(fig, axes[0])
@@ -187,12 +203,13 @@ def per_collection(table: pd.DataFrame) -> Figure:
     alone = ~best.groupby([rows["training"], rows["system"]]).transform("any")
     rows = _named(rows[best | alone]).assign(collection=lambda d: d["collection"].str.removeprefix("pydocs/"))
     trainings, n = rows["training"].unique(), rows["collection"].nunique()
-    fig, axes = _panels(len(trainings), 0.27 * n + 0.7, sharex=True)
-    shown = {"palette": _METHODS, "hue_order": [m for m in _METHODS if m in set(rows["method"])], "markers": _FORMS}
+    fig, axes = _panels(len(trainings), 0.42 * n + 0.7, sharex=True)
+    known = rows.drop_duplicates("system")
+    looks = {s: (_METHODS[m], _FORMS[f]) for s, m, f in zip(known["system"], known["method"], known["form"])}
     for ax, training in zip(axes, trainings):
-        own = rows[rows["training"] == training]
-        sns.scatterplot(own, x="value", y="collection", hue="method", style="form", s=34, alpha=0.85, ax=ax, **shown)
-        ax.set(title=training, xlabel=METRIC.replace("ndcg", "nDCG"), ylabel="", ylim=(n - 0.5, -0.5))
+        own = rows[rows["training"] == training].assign(low=lambda d: d["value"], high=lambda d: d["value"])
+        _forest(ax, own, "collection", "system", looks, dodge=0.6)
+        ax.set(title=training, xlabel="nDCG@10 (hybrid, or the system's only mode)", ylim=(n - 0.5, -0.5))
     _legend(fig, axes[0])
     return fig
 
@@ -322,7 +339,7 @@ def _latency(ax: Axes, table: pd.DataFrame, x: str, **labels: str) -> None:
     dashes = dict(zip(table["label"].unique(), cycle(("", (3, 2)))))  # so that a line shows through the one on it
     looks = {"hue": "label", "style": "label", "markers": True, "dashes": dashes, "markersize": 5}
     sns.lineplot(_three(table, "low", "value", "high"), x=x, y="number", ax=ax, err_style="bars", **looks, **_INTERVAL)
-    ax.set(ylabel="median ms", **labels)
+    ax.set(**{"ylabel": "median ms"} | labels)
 
 
 def _decoded(table: pd.DataFrame) -> pd.Series:
@@ -339,7 +356,7 @@ def latency_vectors(table: pd.DataFrame) -> Figure:
     fig, axes = _panels(cells["batch"].nunique(), 1.9, sharex=True)
     for ax, (batch, own) in zip(axes, lines.assign(label=_decoded).groupby("batch")):
         _latency(ax, own, "count", xlabel="vectors of a query (as answered: at most)")
-        ax.set(title=f"queries at once: {batch}", ylim=(0, None))
+        ax.set(title=f"queries at once: {batch}", ylabel="median ms of the batch", ylim=(0, None))
         _measured_ticks(ax, own["count"])
     _legend(fig, axes[0], 1)
     return fig
@@ -385,10 +402,11 @@ def effectiveness_latency(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def training_curves(table: pd.DataFrame) -> Figure:
+def training_curves(table: pd.DataFrame, over: str = "development") -> Figure:
     """Training loss, and nDCG@10 on the development collection beside its zero-shot level, of every system.
 
-    Columns system, step (0: before training), loss, dev_ndcg, and repetition where a system has several seeds.
+    Columns system, step (0: before training), loss, dev_ndcg, and repetition where a system has several seeds;
+    ``over`` names the development queries.
     """
     table = table if "repetition" in table else table.assign(repetition=0)
     systems, one = table["system"].unique(), {"units": "repetition", "estimator": None, "linewidth": 1.1}
@@ -401,7 +419,7 @@ def training_curves(table: pd.DataFrame) -> Figure:
         sns.lineplot(measured, x="step", y="dev_ndcg", color="C1", marker="o", markersize=4, ax=right, **one)
         right.axhline(measured["dev_ndcg"].iloc[0], color="0.3", linestyle="--", linewidth=1)
         left.set_title(system, loc="left")
-        right.set_title("development; dashed: zero-shot" if row == 0 else "", loc="right", fontsize=8)
+        right.set_title(f"{over}; dashed: zero-shot" if row == 0 else "", loc="right", fontsize=8)
         left.set(ylabel="loss (nats)", xlabel="step")
         right.set(ylabel="nDCG@10", xlabel="step", ylim=(low, high))
         for ax in (left, right):

@@ -14,6 +14,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from operator import methodcaller
 from pathlib import Path
@@ -113,10 +114,14 @@ class Results:
         else:
             (self.tables / f"{name}.tex").unlink(missing_ok=True)
 
-        unbroken = shown.map(lambda cell: re.sub(r"(?<=\d,) (?=-?\d)", "\u00a0", cell))  # an interval stays on one line
+        # an interval stays on one line, and so does "< .001"
+        unbroken = shown.map(lambda cell: re.sub(r"(?<=\d,) (?=-?\d)|(?<=^<) ", "\u00a0", cell))
         styler = Styler(unbroken, uuid=name, cell_ids=False).hide(axis="index").format(escape="html")
         styler.apply(lambda _: strong.map({True: "font-weight: bold", False: ""}.get), axis=None)
-        styler.set_table_styles([{"selector": "caption", "props": "caption-side: top; font-weight: bold;"}])
+        long = [i for i, column in enumerate(shown) if i and shown[column].str.len().max() > 28]
+        looks = [{"selector": f"td.col{i}", "props": "min-width: min(32ch, 45vw);"} for i in long]
+        looks += [{"selector": "caption", "props": "caption-side: top; font-weight: bold;"}]
+        styler.set_table_styles(looks)
         styler.format_index(escape="html", axis="columns").set_caption(html.escape(caption))
         return Table(styler.to_html(), markdown)
 
@@ -205,8 +210,9 @@ def readable(df: pd.DataFrame, floatfmt: str | Mapping = "") -> pd.DataFrame:
 
     Columns ``low``, ``high`` (or ``x_low``, ``x_high``) become an interval behind the value before them; behind ``low``
     and ``high`` stands ``*`` where the table's p (corrected, if it has that) is below 0.05.  ``low_all``, ``high_all``
-    become one interval; a column ``mark`` joins the value before it.  A p below 0.001 is "< .001", a hash has its first
-    12 digits, underscores of a header are spaces; a column without a cell is left out.
+    become one interval; a column ``mark`` joins the value before it.  A p below 0.001 is "< .001", numbers of queries
+    from 100,000 are "> 100,000", a hash has its first 12 digits, underscores of a header are spaces; a column without a
+    cell is left out.
     """
     df = df.reset_index(drop=True)
     shown, value = df.astype(object), {}
@@ -217,7 +223,8 @@ def readable(df: pd.DataFrame, floatfmt: str | Mapping = "") -> pd.DataFrame:
     for column in df.select_dtypes("floating"):
         own = value.get(column, column)
         given = floatfmt.get(own) if isinstance(floatfmt, Mapping) else floatfmt
-        text = p_value if re.match(r"p(_|$)", column) else f"{{:{given or _digits(df[own])}}}".format
+        text = p_value if re.match(r"p(_|$)", column) else partial(_number, given or _digits(df[own]))
+        text = _queries if column == "needed_queries" else text
         shown[column] = shown[column].map(text, na_action="ignore")
     shown = shown.where(df.notna(), "").map(_cell)
     clear = next((df[p] < ALPHA for p in ("p_corrected", "p") if p in df), pd.Series(False, df.index))
@@ -260,6 +267,16 @@ def p_value(p: float) -> str:
     return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
 
 
+def _number(digits: str, value: float) -> str:
+    """A number with these digits; one that rounds to zero has no sign."""
+    text = f"{value:{digits}}"
+    return text if re.search("[1-9]|[a-z]", text) else text.removeprefix("-")
+
+
+def _queries(number: float) -> str:
+    return f"{number:,.0f}" if number < 1e5 else "> 100,000"
+
+
 def latex(shown: pd.DataFrame, strong: pd.DataFrame, caption: str, label: str) -> str:
     """A table of text for pdfLaTeX, across the page where it is wide; numbers align at their points (siunitx)."""
     widths = {column: max([len(column), *shown[column].map(len)]) for column in shown}
@@ -270,7 +287,7 @@ def latex(shown: pd.DataFrame, strong: pd.DataFrame, caption: str, label: str) -
 
     def side(column: str) -> str:
         if column in share:
-            return f">{{\\raggedright\\arraybackslash}}p{{{max(0.08, share[column]):.2f}\\textwidth}}"
+            return f">{{\\raggedright\\arraybackslash}}p{{{max(0.08, 0.94 * share[column]):.2f}\\textwidth}}"
         digits = [len(part) for part in max(shown[column], key=len, default="").lstrip("-").split(".")]
         return f"S[table-format=-{'.'.join(map(str, digits))}]" if _numeric(shown[column]) else "l"
 
@@ -282,7 +299,7 @@ def latex(shown: pd.DataFrame, strong: pd.DataFrame, caption: str, label: str) -
     return "\n".join([
         r"% \usepackage[T1]{fontenc} \usepackage{booktabs,graphicx,siunitx,textcomp}",
         rf"\begin{{{environment}}}[tbp]\centering\scriptsize\setlength{{\tabcolsep}}{{3pt}}",
-        rf"\caption{{{_tex(caption)}}}\label{{{label}}}", body, rf"\end{{{environment}}}", "",
+        rf"\caption{{{_tex(caption)}}}\label{{{label}}}\vspace{{4pt}}", body, rf"\end{{{environment}}}", "",
     ])  # fmt: skip
 
 

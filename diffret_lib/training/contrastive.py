@@ -73,8 +73,8 @@ class Recipe(Training):
 
 #: Settings that say which runs there are, not what one of them does; the data are known by their content.
 _NOT_OF_A_RUN = {
-    "collections", "negatives", "development", "learning_rates", "selection_steps", "seeds", "temperatures", "adapters",
-    "rows",
+    "collections", "negatives", "development", "learning_rates", "selection_steps", "seeds", "seeds_sample",
+    "temperatures", "adapters", "rows",
 }  # fmt: skip
 
 
@@ -86,7 +86,8 @@ class FinetunedSystem:
     learning_rate and grad_norm, and where it was measured (at step 0 alone) nDCG@10 on the development collection:
     dev_dense, dev_sparse, dev_hybrid, and dev_ndcg, the one of the mode that the system is evaluated in.  ``kept`` is
     true for the step of the adapter's weights: the best measured one after step 0, even where step 0 is better.
-    ``selection`` has a record for each learning rate tried: learning_rate, steps, dev_ndcg.
+    ``selection`` has a record for each learning rate tried: learning_rate, steps, dev_ndcg, and lost (the modes that
+    ended below where they began) for one that was given up for that.
     """
 
     system: str
@@ -109,6 +110,11 @@ class FinetunedSystem:
         """The record of the step of the adapter's weights."""
         return next(record for record in self.curve if record.get("kept"))
 
+    @property
+    def lost(self) -> list[str]:
+        """The modes whose nDCG@10 on the development collection training lowered, as where the sparse side dies."""
+        return [mode for mode in MODES if self.kept.get(f"dev_{mode}", 0) < self.curve[0].get(f"dev_{mode}", 0)]
+
 
 def recipe_of(profile: Profile, system: str, learning_rate: float, repetition: int = 0) -> Recipe:
     """The recipe of a system (``"DiffRetriever multi"``) in a profile; a repetition has a seed of its own."""
@@ -124,19 +130,31 @@ def finetune_selected(
     """Train a system with the learning rate out of the profile's that is best on the development collection.
 
     The rates are tried with the seed of repetition 0, in ``selection_steps`` steps each (by default in all); of equal
-    ones the first is taken.  Every run is an entry of the cache, so an interrupted selection goes on.
+    ones the first is taken.  One whose whole training lowers a mode (:attr:`FinetunedSystem.lost`) is given up for the
+    next best; where all do, the best is taken.  Runs are entries of the cache, so an interrupted selection goes on.
     """
     training = profile.training
-    rates, steps = training.learning_rates, training.selection_steps or training.steps
+    steps = training.selection_steps or training.steps
+
+    def train(rate: float, repetition: int = 0, **changes: Any) -> FinetunedSystem:
+        recipe = recipe_of(profile, system, rate, repetition).model_copy(update=changes)
+        return finetune(system, retriever, data, recipe, development, callbacks=callbacks)
+
+    def tried(trained: FinetunedSystem, rate: float, steps: int) -> dict[str, Any]:
+        return {"learning_rate": rate, "steps": steps, "dev_ndcg": trained.kept["dev_ndcg"]}
+
     selection = []
-    for rate in rates if len(rates) > 1 else ():
-        recipe = recipe_of(profile, system, rate).model_copy(update={"steps": steps})
-        tried = finetune(system, retriever, data, recipe, development, callbacks=callbacks)
-        selection.append({"learning_rate": rate, "steps": steps, "dev_ndcg": tried.kept["dev_ndcg"]})
-    best = max(selection, key=lambda tried: tried["dev_ndcg"])["learning_rate"] if selection else rates[0]
-    recipe = recipe_of(profile, system, best, repetition)
-    trained = finetune(system, retriever, data, recipe, development, callbacks=callbacks)
-    return replace(trained, repetition=repetition, selection=selection)
+    if len(training.learning_rates) > 1:
+        selection = [tried(train(rate, steps=steps), rate, steps) for rate in training.learning_rates]
+    rates = [run["learning_rate"] for run in sorted(selection, key=lambda run: -run["dev_ndcg"])]
+    chosen = (rates or training.learning_rates)[0]
+    for rate in rates:
+        whole = train(rate)
+        if not whole.lost:
+            chosen = rate
+            break
+        selection.append(tried(whole, rate, whole.curve[-1]["step"]) | {"lost": ", ".join(whole.lost)})
+    return replace(train(chosen, repetition), repetition=repetition, selection=selection)
 
 
 def finetune(

@@ -11,10 +11,12 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import sphinx.cmd.build
 
 from diffret_lib.cache import StorageError, atomic_path
@@ -54,9 +56,11 @@ def index(results: Path, names: list[str]) -> str:
     title, introduction = re.split(r"\n{2,}", (CHECKOUT / "README.md").read_text(encoding="utf-8"))[:2]
     parts = [title, introduction, f"These are the notebooks of the profile `{results.name}`, as they were executed."]
     parts += ["## Notebooks", "\n".join(f"- [](notebooks/{name}.ipynb)" for name in names)]
-    verdicts = results / "tables" / "claims.md"
+    verdicts = results / "tables" / "claims.csv"
     if verdicts.is_file():
-        parts += ["## The claims", verdicts.read_text(encoding="utf-8").strip()]
+        claims, shown = pd.read_csv(verdicts, keep_default_na=False), ["claim", "statement", "verdict", "where"]
+        where = f"The verdicts are of {claims['collections'].iloc[0]}; the last column says in which mode and training."
+        parts += ["## The claims", where, table(shown, claims[shown].itertuples(index=False))]
     run = results / "run.json"
     if run.is_file():
         try:
@@ -67,15 +71,18 @@ def index(results: Path, names: list[str]) -> str:
     return "\n\n".join([*parts, tree]) + "\n"
 
 
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def run_tables(run: dict[str, Any]) -> list[str]:
     """What the run ran on, as tables in Markdown."""
-
-    def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-        lines = [head, tuple("---" for _ in head), *rows]
-        return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
     machine = run.get("hardware", {})
     shown = {key: ", ".join(value) if isinstance(value, list) else value for key, value in machine.items()}
+    if memory := shown.pop("memory_bytes", None):
+        shown["memory (GB)"] = f"{memory / 1e9:.1f}"
     took = [
         (name, f"{entry['seconds']:,.0f}", f"{(entry['peak_memory_bytes'] or 0) / 1e9:.1f}", entry["status"])
         for name, entry in run.get("notebooks", {}).items()
@@ -83,8 +90,9 @@ def run_tables(run: dict[str, Any]) -> list[str]:
     seeds = ", ".join(f"{key} {value}" for key, value in run.get("seeds", {}).items())
     return [
         table(("machine", ""), [(key.replace("_", " "), value or "none") for key, value in shown.items()]),
+        "What the cache holds is not computed again: seconds are those of the last run.",
         table(("notebook", "seconds", "peak memory (GB)", "status"), took),
-        table(("package", "version"), [(k, v or "not installed") for k, v in run.get("versions", {}).items()]),
+        table(("package", "version"), [(k, v) for k, v in run.get("versions", {}).items() if v]),
         *([f"Seeds: {seeds}."] if seeds else []),
     ]
 
