@@ -8,7 +8,7 @@ evaluates. A run that was interrupted goes on where it was.
 
 On several GPUs every step's queries are shared out among them, and each query meets the passages of all:
 
-    torchrun --nproc-per-node 4 scripts/finetune.py PROFILE --out FOLDER
+    accelerate launch --config_file scripts/accelerate/ddp.yml scripts/finetune.py PROFILE --out FOLDER
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def train(profile: str, out: Path, systems: list[str], seeds: int | None = None)
 
 
 def join() -> None:
-    """Join the processes that torchrun started, if it did; each one has a GPU of its own where there are any."""
+    """Join the processes that accelerate started, if it did; each one has a GPU of its own where there are any."""
     if "RANK" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

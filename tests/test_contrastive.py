@@ -14,7 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.state import AcceleratorState, DistributedType
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from diffret_lib.config import CHECKOUT, Profile, load_profile
@@ -36,8 +40,10 @@ from diffret_lib.training.contrastive import (
 )  # fmt: skip
 from diffret_lib.training.data import TrainingData, data_table, published_rows, training_data
 from diffret_lib.training.negatives import mine_hard_negatives
+from scripts.finetune import join
 from tests.tiny import tiny_backbone, tiny_spec
 
+SETTINGS = CHECKOUT / "scripts" / "accelerate"
 QRELS = {"q": {"a": 1, "b": 1}, "r": {"d": 1}}
 WORDS = ["heap", "tree", "array", "axis", "sorted copy", "eigenvalues", "square", "parent", "children", "queue"]
 LIMITS = {"max_query_tokens": 32, "max_passage_tokens": 48}
@@ -111,24 +117,61 @@ def root(tmp_path_factory):
     patch.undo()
 
 
-def test_two_processes_train_as_one(root, tmp_path):
-    """Each has half of a step's queries, and every query meets the passages of all: weights and curves agree."""
+class Part(TrainerCallback):
+    """A training that goes on after a step and is interrupted at another; under FSDP, and only there, it is sharded."""
+
+    def __init__(self, begin: int, end: int | None = None) -> None:
+        self.begin, self.end = begin, end
+
+    def on_train_begin(self, args, state, control, model, **kwargs) -> None:
+        assert state.global_step == self.begin
+        sharded = {isinstance(weight, DTensor) for weight in model.parameters()}
+        assert sharded == {os.environ.get("ACCELERATE_USE_FSDP") == "true"}
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.end:
+            raise KeyboardInterrupt
+
+
+def sharded_on_cpus(self, *args, fsdp_plugin=None, made=AcceleratorState.__init__, **more) -> None:
+    """What accelerate does on GPUs alone."""
+    made(self, *args, fsdp_plugin=fsdp_plugin, **more)
+    if fsdp_plugin is not None:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+
+def one_of_two(root: Path, folder: Path, system: str, settings: dict) -> None:
+    """A process of the next test."""
+    AcceleratorState.__init__ = sharded_on_cpus
+    join()
+    with pytest.raises(KeyboardInterrupt):
+        train(root, system, callbacks=[Part(0, 3)], **settings)
+    assert not list(Path(os.environ["DIFFRET_CACHE"]).rglob("pytorch_model*"))  # the frozen weights
+    result = train(root, system, callbacks=[Part(2)], **settings)
+    assert train(root, system, **settings).adapter == result.adapter  # from the cache
+    if os.environ.get("ACCELERATE_USE_FSDP"):
+        with pytest.raises(ValueError, match="FSDP cannot train PromptReps multi"):
+            train(root, "PromptReps multi", **settings)
+    (folder / os.environ["RANK"]).write_text(str(result.adapter))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(root, tmp_path, kind):
+    """Each has half of a step's queries, and every query meets the passages of all: weights and curves agree.
+
+    Also after an interruption, and where the model is shared out.
+    """
     system, settings = "DiffRetriever multi", {"batch_size": 8, "dropout": 0.0, "steps": 3}
     whole = train(root, system, **settings)
     script = tmp_path / "together.py"
     script.write_text(
-        "import os\n"
         "from pathlib import Path\n"
-        "from scripts.finetune import join\n"
-        "from tests.test_contrastive import train\n"
-        "join()\n"
-        f"result = train(Path({str(root)!r}), {system!r}, **{settings})\n"
-        f"again = train(Path({str(root)!r}), {system!r}, **{settings})\n"
-        "assert again.adapter == result.adapter  # from the cache\n"
-        f"(Path({str(tmp_path)!r}) / os.environ['RANK']).write_text(str(result.adapter))\n"
+        "from tests.test_contrastive import one_of_two\n"
+        f"one_of_two(Path({str(root)!r}), Path({str(tmp_path)!r}), {system!r}, {settings})\n"
     )
     environment = os.environ | {"DIFFRET_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(CHECKOUT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"{SETTINGS / kind}.yml"]
+    command += ["--num_processes", "2", "--main_process_port", "0", str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-9000:]
     (adapter,) = {(tmp_path / rank).read_text() for rank in "01"}
@@ -141,6 +184,13 @@ def test_two_processes_train_as_one(root, tmp_path):
     with pytest.raises(AssertionError):  # half the batch is something else
         half = train(root, system, **settings | {"batch_size": 4})
         np.testing.assert_allclose(pd.DataFrame(half.curve)[numbers].to_numpy(float), one, rtol=1e-4)
+
+
+@pytest.mark.parametrize("path", sorted(SETTINGS.iterdir()), ids=lambda path: path.stem)
+def test_settings_are_what_accelerate_takes(path):
+    settings, options = load_config_from_file(str(path)), vars(launch_command_parser().parse_args(["script.py"]))
+    assert (settings.fsdp_config | settings.deepspeed_config).keys() <= options.keys()
+    assert f"`scripts/accelerate/{path.name}`" in (CHECKOUT / "README.md").read_text(encoding="utf-8")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

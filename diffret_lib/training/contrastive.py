@@ -26,6 +26,7 @@ from sentence_transformers import MultiVectorEncoderTrainer, MultiVectorEncoderT
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.util.distributed import get_rank, get_world_size
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
@@ -212,7 +213,7 @@ def finetune(
 
 
 def _made_together(key: str, make: Callable[[Path], None]) -> Path:
-    """The cache's entry; the processes of torchrun make it together, and the first one keeps it."""
+    """The cache's entry; several processes make it together, and the first one keeps it."""
     if get_world_size() == 1:
         return fetch("adapters", key, make)
     asked = [False]
@@ -244,6 +245,8 @@ class RankCheckpoints(Checkpoints):
         super().__init__(CHECKPOINT_SECONDS if get_world_size() == 1 else math.inf)
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if get_world_size() > 1:
+            dist.barrier()  # until all have written their part
         if state.is_world_process_zero:
             super().on_save(args, state, control, **kwargs)
 
@@ -313,9 +316,27 @@ class AdapterTrainer(AdapterCheckpoints, MultiVectorEncoderTrainer):
         self._start, self.args.eval_on_start = time.perf_counter(), not resume_from_checkpoint
         if resume_from_checkpoint:
             self._start -= read_state(Path(resume_from_checkpoint)).log_history[-1]["seconds"]
+        if self.is_fsdp_enabled:
+            if self.model[0].decoded:  # all processes have to take part in each pass
+                raise ValueError("FSDP cannot train PromptReps multi: its processes decode different numbers of tokens")
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(self.adapted._no_split_modules)
         trained = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.accelerator.wait_for_everyone()  # until the first process has written the last checkpoint
         return trained
+
+    def evaluate(self, *given: Any, **more: Any) -> dict[str, float]:
+        """Measure; for a sharded model that is a forward pass, in which a layer's weights come together."""
+
+        def measure() -> dict[str, float]:
+            for layer in self.adapted.modules():
+                if isinstance(layer, FSDPModule):  # what it allocates in inference mode could not be trained
+                    layer.unshard()
+                    layer.reshard()
+            return super(AdapterTrainer, self).evaluate(*given, **more)
+
+        self.model.measure = measure
+        register_fsdp_forward_method(self.model, "measure")
+        return self.model.measure()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the loss's parts, and the seconds of this training, earlier calls included."""

@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from accelerate.utils import save_fsdp_optimizer
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sentence_transformers.util.distributed import get_rank
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import SCHEDULER_NAME
 
 from diffret_lib.cache import is_sealed, seal, write_text
 from diffret_lib.models.backbones import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoadedBackbone
@@ -44,10 +48,14 @@ def add_lora(
 
 
 def save_adapter(model: PeftModel, folder: Path, base: str) -> None:
-    """Write a PEFT adapter without local paths; ``base`` is :attr:`LoadedBackbone.weights` of what it is for."""
+    """Write a PEFT adapter without local paths; ``base`` is :attr:`LoadedBackbone.weights` of what it is for.
+
+    Of several processes the first one writes; all are needed where the model is sharded.
+    """
+    weights = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in _weights(model).items()}
+    if get_rank():
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    # "auto" would look for the base model's configuration on the hub
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     settings = model.peft_config["default"].to_dict() | {"inference_mode": True}
     settings = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
     write_text(folder / ADAPTER_CONFIG, json.dumps(settings, indent=1, sort_keys=True) + "\n")
@@ -68,9 +76,17 @@ def _save(weights: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str
         file.write(json.dumps(header, separators=(",", ":")).encode().ljust(size))
 
 
+def _weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    # "auto" would look for the base model's configuration on the hub
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Load the weights that :func:`save_adapter` wrote."""
-    set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
+    """Load the weights that :func:`save_adapter` wrote; of a sharded model, a process takes its shards."""
+    whole = load_file(folder / ADAPTER_WEIGHTS)
+    for name, own in _weights(model).items():
+        sharded = isinstance(own, DTensor)
+        own.copy_(distribute_tensor(whole[name], own.device_mesh, own.placements) if sharded else whole[name])
 
 
 def export_adapter(source: Path, target: Path) -> int:
@@ -94,8 +110,17 @@ class AdapterCheckpoints:
         """The model that is trained."""
         return self.model
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         save_adapter(self.adapted, Path(output_dir or self.args.output_dir) / "adapter", self.base)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        # where the model is sharded, the library would write its frozen weights as well
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter(self.adapted, Path(resume_from_checkpoint) / "adapter")
