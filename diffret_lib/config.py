@@ -99,11 +99,10 @@ class Training(_Model):
     with ``negatives`` hard negatives each, and ``mini_batch`` texts in a forward pass.  nDCG@10 on ``development`` is
     measured every ``evaluate_every`` steps; training stops after ``patience`` without a gain.  The best of
     ``learning_rates`` by it is taken, after ``selection_steps`` of each (null: all steps); ``seeds`` are the
-    repetitions of :data:`diffret_lib.experiments.study.REPEATED`, which are compared on ``development`` and on
-    ``seeds_sample`` of each test collection out of domain (null: on none).  ``temperatures`` are by class name, else
-    ``temperature``.  With ``adapters``, a folder of published ones (from the checkout), nothing is trained.  With
-    ``rows``, a file of Tevatron's rows or the name of their repository on the hub, these are trained on, and no
-    negatives are mined; which of their passages are relevant to another query is not known, so
+    repetitions of :data:`diffret_lib.experiments.study.REPEATED`, compared on ``development``.  ``temperatures`` are by
+    class name, else ``temperature``.  With ``adapters``, a folder of published ones (from the checkout), nothing is
+    trained.  With ``rows``, a file of Tevatron's rows or the name of their repository on the hub, these are trained on,
+    and no negatives are mined; which of their passages are relevant to another query is not known, so
     ``mask_false_negatives`` must be off.
     """
 
@@ -116,7 +115,6 @@ class Training(_Model):
     learning_rates: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
     selection_steps: Count | None = None
     seeds: Count = 1
-    seeds_sample: Sample | None = None
     warmup_ratio: Share = 0.06
     weight_decay: Share = 0.01
     dropout: Share = 0.05

@@ -32,7 +32,7 @@ from diffret_lib.data.beir import in_cache
 from diffret_lib.data.collection import Collection
 from diffret_lib.data.protocols import Published, published
 from diffret_lib.experiments.departures import dtype_studies
-from diffret_lib.experiments.study import REPEATED, SYSTEMS, Study, texts_of
+from diffret_lib.experiments.study import SYSTEMS, Study, texts_of
 from diffret_lib.models.backbones import get_backbone
 from diffret_lib.models.gguf import BackboneError
 from diffret_lib.models.prompts import SIDES, Side
@@ -376,12 +376,8 @@ def _encodings(study: Outline) -> Iterator[tuple[str, str, Any, Sequence[Any], f
     for system in study.systems(pair):
         if not isinstance(system.retriever, BM25):
             yield "04", f"{system.name}, zero-shot", system.retriever, tests, 1
-    sample = p.training.seeds_sample
-    parts = [study.sampled(name, sample) for name in p.test_collections] if sample else []
     for name in study.fine_tuned:
         yield "04", f"{name}, fine-tuned", study.untrained(name, pair), tests, 1
-        if parts and name in REPEATED:
-            yield "04", f"{name}, seeds", study.untrained(name, pair), parts, p.training.seeds
     for name, adapter in RELEASED.items():
         if adapter.backbone == p.backbones.diffusion:
             yield "04", f"{name}, fine-tuned by the authors", study.diffretriever(*adapter.pair), tests, 1

@@ -109,7 +109,7 @@ def test_effectiveness_and_collections():
 @pytest.mark.parametrize("intervals", [True, False])
 def test_oracle(intervals):
     values = {"single": 0.5, "selected": 0.6, "fine_tuned": np.nan, "best_fixed": 0.65, "oracle": 0.8}
-    table = pd.DataFrame({"collection": COLLECTIONS, "chance": 0.1} | values)
+    table = pd.DataFrame({"collection": COLLECTIONS, "queries": 30, "chance": 0.1} | values)
     if intervals:
         table = table.assign(oracle_low=0.75, oracle_high=0.9)
     fig = figures.oracle(table)

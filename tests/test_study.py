@@ -22,11 +22,11 @@ from diffret_lib.addresses import SourceTree
 from diffret_lib.config import Profile, ProfileError, Sample, load_profile
 from diffret_lib.data.collection import Collection
 from diffret_lib.experiments import departures, rankings, study
-from diffret_lib.experiments.comparison import ablation_answer, planned_comparisons, seed_spread, transfer
+from diffret_lib.experiments.comparison import ablation_answer, planned_comparisons, transfer
 from diffret_lib.experiments.study import REPEATED, SYSTEMS, CutBM25, Study, System, hard_passages, macro, select_pair
 from diffret_lib.models.backbones import load_backbone
 from diffret_lib.retrieval import search, streaming, systems
-from diffret_lib.retrieval.metrics import METRIC, METRICS, per_query
+from diffret_lib.retrieval.metrics import METRICS, per_query
 from diffret_lib.retrieval.search import MODES, RANK_MODES
 from diffret_lib.retrieval.systems import BM25
 from scripts import plan as planning
@@ -61,7 +61,6 @@ def world(tmp_path_factory):
     content["backbones"]["text_only"] = "tiny-text"
     content["adaptation"]["zero_shot"]["collection"] = content["training"]["development"]["collection"] = paths["dev"]
     content["training"] |= {"collections": [whole(paths["mine-train"])], "seeds": 2}
-    content["training"] |= {"seeds_sample": {"queries": 3, "passages": 7, "hard": 1}}
     content["efficiency"]["counts"] = [1, 2]
     profile = Profile.model_validate(
         content
@@ -523,22 +522,6 @@ def test_fine_tuned_systems(world, tmp_path, monkeypatch):
         s.finetune("ColBERT")
 
 
-def test_spread_over_seeds(world, monkeypatch):
-    """Seeds are compared on the sample of each collection out of domain, as by hand from the systems' rankings."""
-    s, _ = world
-    monkeypatch.setattr(Study, "finetune", lambda self, name, repetition=0: SimpleNamespace(adapter=None))
-    found = seed_spread(s).set_index(["system", "mode"])
-    assert set(found.index.get_level_values("system")) == set(REPEATED) and (found["seeds"] == 2).all()
-    assert np.allclose(found["standard_deviation"], 0)  # two untrained "seeds" are the same
-    named, retriever = zip(s.profile.test_collections, s.test_collections, strict=True), s.untrained("RepLLaMA")
-    sample = s.profile.training.seeds_sample
-    parts = [s.sampled(name, sample) for name, whole in named if whole.name in s.out_of_domain]
-    assert (found["queries"] == sum(len(part.queries) for part in parts)).all() and parts
-    means = [np.mean(per_query(part.qrels, s.runs(retriever, part)["dense"], [METRIC])[METRIC]) for part in parts]
-    assert found.loc[("RepLLaMA", "dense"), ["mean", "least", "most"]].tolist() == pytest.approx([np.mean(means)] * 3)
-    assert seed_spread(changed(s, training=s.profile.training.model_dump() | {"seeds_sample": None})).empty
-
-
 def test_a_profile_that_trains_little_or_nothing(world):
     s, _ = world
     some, none = (changed(s, fine_tuned=given) for given in (["RepLLaMA", "DiffEmbed"], []))
@@ -625,7 +608,7 @@ def test_departures(world):
     said = departures.departures_summary(table).splitlines()
     assert len(said) == table["choice"].nunique()
     largest = sparse.loc[sparse["difference"].abs().idxmax()]
-    assert f"**{largest['difference']:+.3f}**" in said[0] and said[0].endswith("here: of the whole text.")
+    assert f"**{largest['difference']:+.3f}**" in said[0] and said[0].endswith("used here: *of the whole text*.")
 
 
 def test_one_pass_beside_a_pass_for_each(world):
@@ -750,8 +733,6 @@ def test_a_plan_counts_what_is_encoded(world, monkeypatch):
     assert {f"training of {name}" for name in SYSTEMS} <= set(table.index)
     twice = table.loc["training of RepLLaMA", "texts"] / table.loc["training of DiffEmbed", "texts"]
     assert twice == 2 and table.loc["RepLLaMA, fine-tuned", "texts"] == texts
-    parts = [s.sampled(name, s.profile.training.seeds_sample) for name in s.profile.test_collections]
-    assert table.loc["RepLLaMA, seeds", "texts"] == 2 * sum(len(c.passages) + len(c.queries) for c in parts)
     assert found.suffices and f"at the rate measured now: {table['hours'].sum():.1f}" in str(found)
     assert not replace(found, disk_free=found.disk / 2).suffices
     assert not replace(found, memory_there=found.memory / 2).suffices

@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from diffret_lib.data.collection import lexical_overlap
-from diffret_lib.experiments.study import REPEATED, TEXT_ONLY, Study, System, macro
+from diffret_lib.experiments.study import TEXT_ONLY, Study, System, macro
 from diffret_lib.retrieval.metrics import METRIC, holm, macro_average, macro_randomization_p
 from diffret_lib.retrieval.search import MODES, SELECTION_MODE
 from diffret_lib.retrieval.systems import BM25
@@ -305,26 +305,6 @@ def planned_comparisons(systems: Sequence[System], left_out: Collection[str] = (
         (better, than, mode) for better, than, mode in planned
         if {better, than} <= names and not {f"{better} ({mode})", f"{than} ({mode})"} & {*left_out}
     ]  # fmt: skip
-
-
-def seed_spread(study: Study) -> pd.DataFrame:
-    """Macro nDCG@10, out of domain, of the systems that were trained with several seeds, on the profile's sample.
-
-    No rows without ``training.seeds_sample``.  Columns system, mode, seeds, mean, standard_deviation, least, most,
-    queries (of all collections together).
-    """
-    p, sample = study.profile, study.profile.training.seeds_sample
-    columns = ["system", "mode", "seeds", "mean", "standard_deviation", "least", "most", "queries"]
-    systems = [s for r in range(p.training.seeds) for s in study.fine_tuned_systems(r) if s.name in REPEATED]
-    if sample is None or not systems:
-        return pd.DataFrame(columns=columns)
-    named = zip(p.test_collections, study.test_collections, strict=True)
-    parts = [study.sampled(name, sample) for name, whole in named if whole.name in study.out_of_domain]
-    cells = pd.concat([study.evaluate(system, parts) for system in systems], ignore_index=True)
-    cells = macro(cells[cells["metric"] == METRIC], ["system", "mode", "training"])
-    spread = {"seeds": "count", "mean": "mean", "standard_deviation": "std", "least": "min", "most": "max"}
-    table = cells.groupby(["system", "mode"])["value"].agg(**spread).reset_index()
-    return table.assign(queries=sum(len(part.queries) for part in parts))[columns]
 
 
 def compare_systems(

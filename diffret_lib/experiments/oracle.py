@@ -193,20 +193,23 @@ def oracle_queries(twins: Twins, selected: Pair, *, seed: int = 0, fine_tuned: p
     return table.assign(fine_tuned=tuned.reindex(table.index)).reset_index()
 
 
-def oracle_table(queries: pd.DataFrame, *, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
+def oracle_table(
+    queries: pd.DataFrame, collections: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+) -> pd.DataFrame:  # fmt: skip
     """Means of :func:`oracle_queries` by collection, some with their 95 % interval (``<column>_low``, ``_high``).
 
+    The first row is the macro average of ``collections``, those out of domain.
     Columns collection, queries, single, selected, fine_tuned, best_fixed, oracle, headroom (oracle less best fixed),
     chance, beyond_chance (headroom less chance) and tied (share); selected, fine_tuned, best_fixed, oracle and
     beyond_chance have intervals.
     """
     queries = queries.assign(headroom=queries["oracle"] - queries["best_fixed"]).set_index(QUERY)
     queries["beyond_chance"] = queries["headroom"] - queries["chance"]
-    rows = []
-    for collection, own in queries.groupby(level="collection", sort=False):
+    rows, outside = [], queries[queries.index.isin(list(collections), level="collection")]
+    for collection, own in [("macro", outside), *queries.groupby(level="collection", sort=False)]:
         row = {"collection": collection, "queries": len(own)}
         for name in "single selected fine_tuned best_fixed oracle headroom chance beyond_chance tied".split():
-            row[name] = own[name].mean()
+            row[name] = own[name].groupby(level="collection").mean().mean()
             if name in ("selected", "fine_tuned", "best_fixed", "oracle", "beyond_chance"):
                 found = interval(own[name], resamples, seed)
                 row |= {f"{name}_{end}": found[end] for end in ("low", "high")}

@@ -234,7 +234,7 @@ def oracle(table: pd.DataFrame) -> Figure:
     if "chance" in table and table["chance"].notna().any():
         reach = table["best_fixed"] + table["chance"]
         axes[0].plot(reach, range(len(table)), "|", color="black", markersize=16, label="best fixed + chance")
-    label = "hybrid nDCG@10, 95 % interval" if "oracle_low" in table else "hybrid nDCG@10"
+    label = f"hybrid nDCG@10 of {table['queries'].max():,} queries" + ", 95 % interval" * ("oracle_low" in table)
     axes[0].set(xlabel=label, ylim=(len(table) - 0.5, -0.5))
     _legend(fig, axes[0], 2)
     return fig

@@ -74,8 +74,8 @@ class Recipe(Training):
 
 #: Settings that say which runs there are, not what one of them does; the data are known by their content.
 _NOT_OF_A_RUN = {
-    "collections", "negatives", "development", "learning_rates", "selection_steps", "seeds", "seeds_sample",
-    "temperatures", "adapters", "rows",
+    "collections", "negatives", "development", "learning_rates", "selection_steps", "seeds", "temperatures", "adapters",
+    "rows",
 }  # fmt: skip
 
 
