@@ -44,20 +44,23 @@ def test_verdicts_are_those_of_the_study():
     claims = json.loads((folder / "claims.json").read_text(encoding="utf-8"))["claims"]
     rows = re.findall(r"^\| (\d) \| .* \| ([a-z ,]+) \|$", README, re.MULTILINE)
     assert rows == [(str(claim["claim"]), claim["verdict"]) for claim in claims] and len(rows) == 7
-    tests = {test["comparison"]: test["verdict"] for test in claims[1]["tests"] if test["counts"] and test["value"]}
-    assert {name for name, verdict in tests.items() if verdict != "supported"} == {
-        "DiffRetriever multi (sparse) − DiffRetriever single (sparse)"
-    }
+    shown = ({(t["training"], t["mode"]) for t in claims[n]["tests"] if t["counts"] and t["verdict"] == "supported"}
+        for n in (0, 1))  # fmt: skip
+    first, second = ({mode for training, mode in held if training == "fine-tuned"} for held in shown)
+    assert first == {"hybrid"} and second == {"dense", "mean"}
+    sparse = [test["verdict"] for test in claims[1]["tests"] if test["counts"] and test["mode"] == "sparse"]
+    assert len(sparse) == 2 and "supported" not in sparse
     table = pd.read_csv(folder / "tables" / "evaluation_ndcg.csv")
     best = table.loc[table.groupby(["training", "system"])["macro"].idxmax()].sort_values("macro", ascending=False)
     named = list(zip(best["training"], best["system"], best["mode"]))
-    assert named[:4] == [
-        ("fine-tuned", "PromptReps multi", "hybrid"), ("fine-tuned", "PromptReps single", "hybrid"),
-        ("fine-tuned", "DiffRetriever multi", "hybrid"), ("zero-shot", "BM25", "sparse"),
+    assert named[:5] == [
+        *(("fine-tuned", f"{system} {form}", "hybrid") for system in ("PromptReps", "DiffRetriever")
+          for form in (["multi", "single"])), ("zero-shot", "BM25", "sparse"),
     ]  # fmt: skip
-    undertrained = {re.search(r"fine-tuned \((\w+)\): undertrained", test["note"])[1] for claim in claims
-        for test in claim["tests"] if "DiffRetriever single, fine-tuned (" in test["note"]}  # fmt: skip
-    assert undertrained == {"sparse", "hybrid"}
+    assert not [test["note"] for claim in claims for test in claim["tests"] if "undertrained" in test["note"]]
+    modes = pd.read_csv(folder / "tables" / "training_modes.csv")
+    dead = modes[(modes["mode"] == "sparse") & (modes["change"] < 0)]
+    assert dead["system"].tolist() == ["DiffRetriever multi"] and dead["repetition"].gt(0).all()
     fifth = {re.search("− ([A-Za-z]+)", test["comparison"])[1]: test["verdict"] for test in claims[4]["tests"]
         if test["counts"]}  # fmt: skip
     assert {name for name, verdict in fifth.items() if verdict == "supported"} == {"DiffEmbed", "RepLLaMA"}
