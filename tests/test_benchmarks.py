@@ -10,6 +10,7 @@ import pytest
 
 from diffret_lib.data.collection import Collection
 from diffret_lib.retrieval.systems import DiffRetriever
+from tests.test_study import world  # noqa: F401  (a fixture)
 from tests.tiny import SENTENCES, tiny_backbone
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -141,3 +142,15 @@ def test_quality_by_hand(scale):
     found = np.zeros((2, 4)), np.array([[1, 3, 9, -1], [8, 7, 6, 5]])
     scores = scale.quality(found, exact, np.array([3, 4]))
     assert scores == pytest.approx({"recall@100": (0.5 + 1) / 2, "ndcg@10": (1 / np.log2(3) + 0) / 2})
+
+
+def test_bfloat16_beside_float32(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+    s, _ = world
+    bfloat16 = load("bfloat16")
+    monkeypatch.setattr(bfloat16, "load_profile", lambda name: s.profile)
+    assert bfloat16.main(["--output", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "bfloat16.csv")
+    systems = set(table["system"])
+    assert {"DiffRetriever multi", "PromptReps single", "DiffEmbed"} <= systems and "BM25" not in systems
+    assert np.allclose(table["difference"], table["ndcg_other"] - table["ndcg_reference"], atol=1e-5)
+    assert table["ndcg_reference"].between(0, 1).all() and "DiffEmbed" in capsys.readouterr().out
