@@ -1,4 +1,4 @@
-"""What bfloat16 changes in nDCG@10: every zero-shot system of a profile in float32 and in bfloat16, on its own samples.
+"""What bfloat16 changes in nDCG@10: every zero-shot system of a profile in both, on its sample of each test collection.
 
     python benchmarks/bfloat16.py [PROFILE]
 
@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     study = Study(profile.model_copy(update={"dtype_sample": profile.sample}))
     table = dtype_table(study).drop(columns=["choice", "reference", "other", "ours"])
     print(table.round(4).to_string(index=False))
-    table = table.assign(profile=profile.name, device=hardware()["cpu"], torch=torch.__version__)
+    found = hardware()
+    table = table.assign(profile=profile.name, device=", ".join(found["gpu"]) or found["cpu"], torch=torch.__version__)
     with atomic_path(options.output / "bfloat16.csv") as path:
         table.to_csv(path, index=False, float_format="%.6g")
     return 0

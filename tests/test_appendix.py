@@ -66,7 +66,8 @@ def test_pages(results):
     assert [p.stem[:2] for p in pages(results)[1:]] == ["01", "04", "07", "98"]
     run = json.loads((results / "run.json").read_text(encoding="utf-8"))
     shown = "A reproducibility study of", "98 Scores &lt; 1 &amp; more", "DiffRetriever with a single mask"
-    shown += run["hardware"]["cpu"], run["versions"]["torch"], "peak memory (GB)", "memory (GB)", "98_wide.html"
+    shown += run["hardware"]["cpu"], run["versions"]["torch"], "peak memory (GB)", "98_wide.html"
+    shown += (f"{run['hardware']['memory_bytes'] / 1e9:.1f}",)
     for text in shown:
         assert text in index
     assert 'href="07_claims.html"' in notebooks[-1]

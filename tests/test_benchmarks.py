@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from diffret_lib.data.collection import Collection
+from diffret_lib.experiments import departures
 from diffret_lib.retrieval.systems import DiffRetriever
 from tests.test_study import world  # noqa: F401  (a fixture)
 from tests.tiny import SENTENCES, tiny_backbone
@@ -147,10 +149,14 @@ def test_quality_by_hand(scale):
 def test_bfloat16_beside_float32(world, tmp_path, monkeypatch, capsys):  # noqa: F811
     s, _ = world
     bfloat16 = load("bfloat16")
+    asked, table_of = [], bfloat16.dtype_table
     monkeypatch.setattr(bfloat16, "load_profile", lambda name: s.profile)
+    monkeypatch.setattr(bfloat16, "dtype_table", lambda study: asked.append(study) or table_of(study))
     assert bfloat16.main(["--output", str(tmp_path)]) == 0
     table = pd.read_csv(tmp_path / "bfloat16.csv")
     systems = set(table["system"])
     assert {"DiffRetriever multi", "PromptReps single", "DiffEmbed"} <= systems and "BM25" not in systems
     assert np.allclose(table["difference"], table["ndcg_other"] - table["ndcg_reference"], atol=1e-5)
     assert table["ndcg_reference"].between(0, 1).all() and "DiffEmbed" in capsys.readouterr().out
+    dtypes = {name: other.backbone("diffusion").dtype for name, other in departures.dtype_studies(asked[0]).items()}
+    assert dtypes == {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -269,7 +269,12 @@ def test_no_claim_can_be_decided(tmp_path):
     text += "takes more than 100,000 queries"
     text = f"(dense) − DiffRetriever single (dense): {own['value']:+.3f} was measured, {text}"
     assert f"- 2a, DiffRetriever multi {text}" in describe(found, 2)
-    assert "if the true difference is as measured, to show that it lies below 0.02 takes" in describe(found, 3)
+    own = found.tests[(found.tests["claim"] == 3) & (found.tests["verdict"] == INCONCLUSIVE) & found.tests["counts"]]
+    for test in own.itertuples():  # to the side of the bound on which it was measured
+        side = "below" if test.value < 0.02 else "above"
+        said = next(line for line in describe(found, 3).splitlines() if line.startswith(f"- {test.id}, "))
+        assert f"to show that it lies {side} 0.02 takes" in said
+    assert len(own)
 
 
 def test_nothing_was_run(tmp_path):

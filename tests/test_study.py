@@ -515,9 +515,9 @@ def test_fine_tuned_systems(world, tmp_path, monkeypatch):
         "PromptReps single": (1, 1), "PromptReps multi": (4, 4), "RepLLaMA": (1, 1),
     }  # fmt: skip
     assert [rest for _, *rest in asked] == [[10, s.profile, "dev", 0, ()]] * len(SYSTEMS)
-    again = s.fine_tuned_systems(1)
-    assert [(x.name, x.training) for x in again] == [(n, "fine-tuned, seed 1") for n in SYSTEMS if n in REPEATED]
-    assert {repetition for *_, repetition, _ in asked[len(SYSTEMS) :]} == {1} and not s.fine_tuned_systems(2)
+    assert [s.repetitions(name) for name in SYSTEMS] == [2 if name in REPEATED else 1 for name in SYSTEMS]
+    s.finetune("RepLLaMA", 1)
+    assert asked[-1][0] == "RepLLaMA" and asked[-1][4] == 1
     with pytest.raises(KeyError, match="ColBERT"):
         s.finetune("ColBERT")
 

@@ -51,6 +51,7 @@ from diffret_lib.experiments.comparison import (
     read_table,
     undertrained,
 )
+from diffret_lib.experiments.study import TEXT_ONLY
 from diffret_lib.retrieval.metrics import holm
 
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
@@ -262,6 +263,9 @@ def ledger(
         try:
             rows.append(test | _numbers(saved, test))
         except ValueError as error:
+            if str(error).startswith("there is no") and TEXT_ONLY in str(error):
+                rows.append(test | {"note": "the profile names no text_only backbone"})
+                continue
             table = next((name for name in PRODUCERS if f"/{name}." in str(error)), test["table"])
             where = f"notebook {PRODUCERS[table]} writes it: make reproduce PROFILE={profile_name}"
             rows.append(test | {"note": f"{error}; {where}"})
@@ -355,12 +359,13 @@ def describe(ledger: Ledger, claim: int) -> str:
             f"collections resampled as well, {int((own['low_all'] > 0).sum())} of {len(own)} intervals lie above 0."
         )
     lines = [f"{head} *Tests:* {text['where'] or 'none'}. *Not shown:* {text['not_shown']} "
-             f"*Evidence:* {text['evidence']}.\n"]
+             f"*Evidence:* {text['evidence'] or 'none'}.\n"]
     open_ = tests[tests["counts"] & (tests["verdict"] == INCONCLUSIVE) & tests["detectable"].notna()]
     for test in open_.itertuples():
         needed = f"about {test.needed_queries:,.0f}" if test.needed_queries < 1e5 else "more than 100,000"
         within = test.direction in ("no gain", "at most")
-        goal = f"show that it lies below {test.bound:g}" if within else "find it"
+        side = "below" if test.value < test.bound else "above"
+        goal = f"show that it lies {side} {test.bound:g}" if within else "find it"
         lines.append(
             f"- {test.id}, {test.comparison}: {test.value:+.3f} was measured, {test.detectable:.3f} is detectable at "
             f"80 % power; if the true difference is as measured, to {goal} takes {needed} queries."

@@ -68,7 +68,7 @@ class CutBM25(BM25):
 class System:
     """A system of the tables: a zero-shot retriever, and the adapter (a PEFT folder) of a fine-tuned one.
 
-    ``training`` is "zero-shot", "fine-tuned", or "fine-tuned, seed r" for the repetitions of a training.
+    ``training`` is "zero-shot", "fine-tuned" or "fine-tuned by the authors".
     """
 
     name: str
@@ -238,11 +238,9 @@ class Study:
             system, retriever, data, self.profile, development, repetition=repetition, **options
         )
 
-    def fine_tuned_systems(self, repetition: int = 0) -> list[System]:
-        """The fine-tuned systems of the tables, those of a repetition; one that is not trained yet is trained."""
-        training = f"fine-tuned, seed {repetition}" if repetition else "fine-tuned"
-        names = [name for name in self.fine_tuned if repetition < self.repetitions(name)]
-        return [System(n, self.untrained(n), training, self.finetune(n, repetition).adapter) for n in names]
+    def fine_tuned_systems(self) -> list[System]:
+        """The fine-tuned systems of the tables, of the first seed; one that is not trained yet is trained."""
+        return [System(n, self.untrained(n), "fine-tuned", self.finetune(n).adapter) for n in self.fine_tuned]
 
     def released_systems(self) -> list[System]:
         """DiffRetriever with the adapters that the authors released for the profile's diffusion backbone, or none."""

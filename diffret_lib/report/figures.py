@@ -234,7 +234,8 @@ def oracle(table: pd.DataFrame) -> Figure:
     if "chance" in table and table["chance"].notna().any():
         reach = table["best_fixed"] + table["chance"]
         axes[0].plot(reach, range(len(table)), "|", color="black", markersize=16, label="best fixed + chance")
-    label = f"hybrid nDCG@10 of {table['queries'].max():,} queries" + ", 95 % interval" * ("oracle_low" in table)
+    interval = ", 95 % interval" * ("oracle_low" in table)
+    label = f"hybrid nDCG@10{interval} (first row: {table['queries'].iloc[0]:,} queries)"
     axes[0].set(xlabel=label, ylim=(len(table) - 0.5, -0.5))
     _legend(fig, axes[0], 2)
     return fig
@@ -339,7 +340,7 @@ def _latency(ax: Axes, table: pd.DataFrame, x: str, **labels: str) -> None:
     dashes = dict(zip(table["label"].unique(), cycle(("", (3, 2)))))  # so that a line shows through the one on it
     looks = {"hue": "label", "style": "label", "markers": True, "dashes": dashes, "markersize": 5}
     sns.lineplot(_three(table, "low", "value", "high"), x=x, y="number", ax=ax, err_style="bars", **looks, **_INTERVAL)
-    ax.set(**{"ylabel": "median ms"} | labels)
+    ax.set(ylabel="median ms", **labels)
 
 
 def _decoded(table: pd.DataFrame) -> pd.Series:

@@ -113,7 +113,7 @@ class FinetunedSystem:
 
     @property
     def lost(self) -> list[str]:
-        """The modes whose nDCG@10 on the development collection training lowered, as where the sparse side dies."""
+        """The modes whose nDCG@10 on the development collection training lowered, however little."""
         return [mode for mode in MODES if self.kept.get(f"dev_{mode}", 0) < self.curve[0].get(f"dev_{mode}", 0)]
 
 
