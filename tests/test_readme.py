@@ -61,6 +61,9 @@ def test_verdicts_are_those_of_the_study():
     modes = pd.read_csv(folder / "tables" / "training_modes.csv")
     dead = modes[(modes["mode"] == "sparse") & (modes["change"] < 0)]
     assert dead["system"].tolist() == ["DiffRetriever multi"] and dead["repetition"].gt(0).all()
+    pairs = pd.read_csv(folder / "tables" / "comparisons.csv").set_index(["better", "than"])["reading"]
+    ones = pairs["DiffRetriever single, fine-tuned", "PromptReps single, fine-tuned"]
+    assert ones.tolist() == ["worse"] * 3
     fifth = {re.search("− ([A-Za-z]+)", test["comparison"])[1]: test["verdict"] for test in claims[4]["tests"]
         if test["counts"]}  # fmt: skip
     assert {name for name, verdict in fifth.items() if verdict == "supported"} == {"DiffEmbed", "RepLLaMA"}

@@ -172,14 +172,16 @@ def test_latex_compiles_as_it_is(results, tmp_path):
     hard = pd.DataFrame({"words_and_signs": words} | numbers | {"number": [1, 20, 300]} | many)
     results.table(hard, "hard", caption="100 % − “hard” & more", bold=hard == 0.125)
     results.effectiveness(wide(), "e", "nDCG@10")
+    results.table(pd.DataFrame({"one": ["a row that breaks into several lines " * 4] * 33, "value": 0.5}), "tall")
     packages = (results.tables / "hard.tex").read_text(encoding="utf-8").splitlines()[0].removeprefix("% ")
-    body = "\n".join(rf"\input{{{results.tables / name}}}" for name in ("hard", "e"))
+    body = "\n".join(rf"\input{{{results.tables / name}}}" for name in ("hard", "e", "tall"))
     parts = "\\documentclass[twocolumn]{article}", packages, "\\begin{document}", body, "\\end{document}"
     document = "\n".join(parts)
     (tmp_path / "paper.tex").write_text(document, encoding="utf-8")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0 and (tmp_path / "paper.pdf").stat().st_size > 10_000, done.stdout[-3000:]
+    assert "Float too large" not in done.stdout
 
 
 def test_what_a_notebook_shows(results):

@@ -36,6 +36,9 @@ _TEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbac
          "’": "'", "/": r"/\allowbreak{}", "·": r"\textperiodcentered\allowbreak{}"}  # fmt: skip
 #: Rows of the longest table that is written for LaTeX, and characters of a line of its small print across a page.
 _TEX_ROWS, _TEX_WIDTH = 60, 130
+#: Makes what is larger than the page as large as it, and leaves all else.
+_TEX_FIT = (r"\resizebox*{!}{\ifdim\totalheight>0.85\textheight 0.85\textheight\else\totalheight\fi}{"
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%s}}")  # fmt: skip
 ALPHA = 0.05
 
 
@@ -278,7 +281,7 @@ def _queries(number: float) -> str:
 
 
 def latex(shown: pd.DataFrame, strong: pd.DataFrame, caption: str, label: str) -> str:
-    """A table of text for pdfLaTeX, across the page where it is wide; numbers align at their points (siunitx)."""
+    """A table of text for pdfLaTeX, no larger than a page; numbers align at their points (siunitx)."""
     widths = {column: max([len(column), *shown[column].map(len)]) for column in shown}
     long = {column: n for column, n in widths.items() if n > 28 and not _numeric(shown[column])}
     fixed = sum(n + 2 for column, n in widths.items() if column not in long)
@@ -294,7 +297,7 @@ def latex(shown: pd.DataFrame, strong: pd.DataFrame, caption: str, label: str) -
     escaped = shown.map(_tex)
     cells = escaped.where(~strong, "{\\textbf{" + escaped + "}}").set_axis([f"{{{_tex(c)}}}" for c in shown], axis=1)
     body = cells.to_latex(index=False, column_format=f"@{{}}{''.join(map(side, shown))}@{{}}").strip()
-    body = f"\\resizebox{{\\textwidth}}{{!}}{{{body}}}" if fixed + room > _TEX_WIDTH else body
+    body = _TEX_FIT % body if fixed + room > _TEX_WIDTH or len(shown) > 25 else body
     environment = "table*" if sum(widths.values()) > 0.4 * _TEX_WIDTH else "table"
     return "\n".join([
         r"% \usepackage[T1]{fontenc} \usepackage{booktabs,graphicx,siunitx,textcomp}",
