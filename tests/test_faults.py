@@ -28,7 +28,6 @@ from typing import Any
 
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
-from numba.np.ufunc import parallel
 from tqdm import tqdm
 
 from diffret_lib.config import CHECKOUT, load_profile
@@ -121,7 +120,8 @@ class Worlds:
             faulthandler.dump_traceback_later(HUNG, exit=True)
             # its own locks: forks share tqdm's and numba's, and one that is killed may hold them
             tqdm.set_lock(threading.RLock())
-            parallel._backend_init_process_lock = None
+            if numbas := sys.modules.get("numba.np.ufunc.parallel"):
+                numbas._backend_init_process_lock = None
             os.environ["DIFFRET_CACHE"] = str(folder / "cache")
             watch(folder, **events)
             signal.setitimer(signal.ITIMER_REAL, seconds)  # nothing handles its signal: it ends the process as it is
