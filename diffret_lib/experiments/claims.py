@@ -153,6 +153,8 @@ def _numbers(saved: _Saved, test: Row) -> Row:
         names = ours, other, f"{ours} ({test['mode']})", f"{other} ({test.get('against', test['mode'])})"
         for name in filter(saved.undertrained.__contains__, names):
             return {"counts": False, "note": f"{name}: {saved.undertrained[name]}"}
+    if TEXT_ONLY in test.get("ours", "") and not saved.per_query["system"].str.endswith(TEXT_ONLY).any():
+        return {"note": "the profile names no text_only backbone"}
     find = {"per_query": _compared, "claim4_ratios": _ratio, "grid_per_query": _losses, "oracle_chance": _beyond_chance}
     return find[test["table"]](saved, test)
 
@@ -263,9 +265,6 @@ def ledger(
         try:
             rows.append(test | _numbers(saved, test))
         except ValueError as error:
-            if str(error).startswith("there is no") and TEXT_ONLY in str(error):
-                rows.append(test | {"note": "the profile names no text_only backbone"})
-                continue
             table = next((name for name in PRODUCERS if f"/{name}." in str(error)), test["table"])
             where = f"notebook {PRODUCERS[table]} writes it: make reproduce PROFILE={profile_name}"
             rows.append(test | {"note": f"{error}; {where}"})
