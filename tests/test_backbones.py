@@ -25,11 +25,13 @@ from diffret_lib.models.backbones import (
     BackboneError,
     adapter_path,
     adapter_sha,
+    compiled,
     get_backbone,
     load_backbone,
     read_registry,
     with_adapter,
 )  # fmt: skip
+from diffret_lib.retrieval.systems import DiffRetriever
 from tests.tiny import tiny_backbone, tiny_folder, tiny_model, tiny_spec, tiny_tokenizer
 
 #: Before the tests set their own.
@@ -213,6 +215,19 @@ def test_adapter_is_merged(folder, adapter):
     further = with_adapter(bare, path)
     assert torch.equal(further.model(ids, use_cache=False).logits, found) and further.weights == loaded.weights
     assert not torch.equal(bare.model(ids).logits, found)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with a C++ compiler")
+def test_compiled_layers_give_the_same_vectors(folder):
+    bare = load_backbone(tiny_spec(folder))
+    faster, texts = compiled(bare), ["a heap", "a sorted copy of an array along the given axis", "eigenvalues"]
+    assert (faster.weights, faster.spec) == (bare.weights, bare.spec) and faster.fingerprint != bare.fingerprint
+    for batch_tokens in (1, 4096):  # alone, and together with padding
+        systems = [DiffRetriever(loaded, k_passage=2, batch_tokens=batch_tokens) for loaded in (bare, faster)]
+        eager, found = (system.encode_passages(texts, progress=False) for system in systems)
+        torch.testing.assert_close(torch.from_numpy(found.dense), torch.from_numpy(eager.dense), atol=1e-5, rtol=0)
+    layers = [loaded.model.get_decoder().layers[0] for loaded in (bare, faster)]
+    assert [layer._compiled_call_impl is not None for layer in layers] == [False, True]
 
 
 def test_merged_embeddings_stay_tied_and_differ_at_the_mask_only(folder, adapter):

@@ -46,19 +46,22 @@ def test_tables(encode, backbone, tmp_path, monkeypatch, capsys):
     collection = Collection.from_texts("tiny", ids, texts, ["q0"], ["heap"], {"q0": {"d3": 1}})
     monkeypatch.setattr(encode, "load_collection", lambda name: collection)
     monkeypatch.setattr(encode, "load_backbone", lambda name, dtype: backbone)
+    monkeypatch.setattr(encode, "compiled", lambda loaded: loaded)  # tested by itself
     command = ["--passages", "5", "--rounds", "2", "--k", "4", "1", "2", "--dtypes", "float32"]
     assert encode.main([*command, "--output", str(tmp_path / "new")]) == 0
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["encode_ratios.csv", "encode_times.csv"]
     times, ratios = (pd.read_csv(tmp_path / "new" / f"encode_{name}.csv") for name in ("times", "ratios"))
     ours = "DiffRetriever"
     assert list(zip(times["system"], times["k"], strict=True)) == [
-        (ours, "1"), (ours, "2"), ("plain", "2"), ("matrix products", "2"), (ours, "4"), ("all K at once", "all"),
+        (ours, "1"), (ours, "2"), ("plain", "2"), ("matrix products", "2"), (f"{ours}, compiled", "2"), (ours, "4"),
+        ("all K at once", "all"),
     ]  # fmt: skip
     assert (times[["seconds", "q1", "q3", "passages_per_second"]] > 0).all(axis=None)
-    assert times["gflop_per_second"].notna().tolist() == [False, True, False, True, False, False]
+    assert times["gflop_per_second"].notna().tolist() == [False, True, False, True, True, False, False]
     assert ratios["what"].tolist() == [
-        "plain float32 / ours float32, K=2", "matrix products / ours, float32", "all K at once / one by one, float32",
-        "K=4 / K=1, float32",
+        "plain float32 / ours float32, K=2", "plain float32 / ours compiled float32, K=2",
+        "matrix products / ours, float32", "matrix products / ours compiled, float32",
+        "all K at once / one by one, float32", "K=4 / K=1, float32",
     ]  # fmt: skip
     assert "float32" in capsys.readouterr().out
 
@@ -69,16 +72,23 @@ def test_ratios_are_taken_within_a_round(encode):
         for system, k, seconds in (
             (encode.OURS, 1, [1, 2, 4]), (encode.OURS, 4, [2, 2, 8]), (encode.OURS, 16, [1.5, 2, 8]),
             (encode.PLAIN, 4, [4, 6, 8]), (encode.BOUND, 4, [1, 1, 1]), (encode.SHARED, 0, [0.45, 3, 2]),
+            (encode.COMPILED, 4, [1, 2, 2]),
         ):  # fmt: skip
             times[dtype, system, k] = by * np.array(seconds, float)
     found = encode.ratios(times, [1, 4, 16]).set_index("what")
     assert found["ratio"].to_dict() == pytest.approx({
         "plain float32 / ours float32, K=4": 2.0, "matrix products / ours, float32": 0.5,
+        "plain float32 / ours compiled float32, K=4": 4.0, "matrix products / ours compiled, float32": 0.5,
         "all K at once / one by one, float32": 0.1, "K=16 / K=1, float32": 1.5,
         "plain float32 / ours bfloat16, K=4": 8.0, "plain bfloat16 / ours bfloat16, K=4": 2.0,
-        "matrix products / ours, bfloat16": 0.5, "all K at once / one by one, bfloat16": 0.1, "K=16 / K=1, bfloat16": 1.5,
+        "plain float32 / ours compiled bfloat16, K=4": 16.0, "plain bfloat16 / ours compiled bfloat16, K=4": 4.0,
+        "matrix products / ours, bfloat16": 0.5, "matrix products / ours compiled, bfloat16": 0.5,
+        "all K at once / one by one, bfloat16": 0.1, "K=16 / K=1, bfloat16": 1.5,
     })  # fmt: skip
-    assert found["aim"].tolist() == [">= 2", ">= 0.85", "<= 0.4", "<= 1.05", ">= 6", ">= 2.5", ">= 0.45", "<= 0.4", "<= 1.05"]
+    assert found["aim"].tolist() == [
+        ">= 2", ">= 2", ">= 0.85", ">= 0.85", "<= 0.4", "<= 1.05",
+        ">= 6", ">= 6", ">= 2.5", ">= 2.5", ">= 0.45", ">= 0.45", "<= 0.4", "<= 1.05",
+    ]  # fmt: skip
 
 
 def test_matrix_products_of_an_encoding(encode, backbone):
@@ -100,6 +110,7 @@ def test_matrix_products_of_an_encoding(encode, backbone):
 
 
 def test_other_vectors_are_an_error(encode, backbone, monkeypatch):
+    monkeypatch.setattr(encode, "compiled", lambda loaded: loaded)
     right = encode.encode_plainly
     monkeypatch.setattr(encode, "encode_plainly", lambda retriever, texts, size: right(retriever, texts[::-1], size))
     with pytest.raises(ValueError, match="plain way gives (other|another number of) vectors"):

@@ -18,7 +18,7 @@ from diffret_lib.retrieval.representations import Representations
 #: Passages that are scored at a time, as many as a shard of the cache has.
 PASSAGES = 1024
 #: Query vectors in one matrix product, and dot products at a time for each thread: they stay in a core's cache.
-QUERY_VECTORS, BLOCK = 512, 1 << 18
+QUERY_VECTORS, BLOCK = 512, 1 << 19
 MODES = ("dense", "sparse", "hybrid")
 RANK_MODES = ("dense", "mean", "sparse", "hybrid")
 #: What a ranking is made of.
@@ -53,7 +53,8 @@ def search_parts(
     for part in parts:
         check_sides(queries, part, kinds)
         for kind in kinds if len(queries) and len(part) else ():
-            scores.setdefault(kind, _scores(kind, queries, part.vectors))
+            if kind not in scores:
+                scores[kind] = _scores(kind, queries, part.vectors)
             best[kind].add(scores[kind](part), end)
         end += len(part)
     return {kind: found.ranking(end - start if len(queries) else 0) for kind, found in best.items()}
@@ -188,34 +189,33 @@ class _Best:
             raise ValueError(f"excluded must have the shape ({n_queries},), not {np.shape(excluded)}")
         self.top_k, self.excluded, self.pending = top_k, excluded, 0
         #: The score that a passage must exceed: of equal ones the earlier stays.
-        self.least = torch.full((n_queries, 1), -torch.inf)
+        self.least = np.full(n_queries, -np.inf, np.float32)
         self.found: list[Found] = []
 
     def add(self, scores: torch.Tensor, start: int) -> None:
+        """Take the scores (n_queries, n) of the passages from ``start`` on."""
         if not scores.numel():
             return
-        end, most = start + scores.shape[1], scores.amax(1, keepdim=True)  # nan where one score is
-        if not (most.isfinite() & scores.amin(1, keepdim=True).isfinite()).all():
+        end, values = start + scores.shape[1], scores.numpy().T  # in rows, as MaxSim has them: passages
+        if not np.isfinite([values.min(), values.max()]).all():  # nan where one score is
             raise ValueError(f"scores of the passages {start}..{end} are not finite")
         least = self.least
         if not self.found and end - start > self.top_k + 1:  # fewer to sort than all; one more for the excluded one
-            least = scores.topk(self.top_k + 1).values[:, -1:].nextafter(torch.tensor(-torch.inf))
-        (rows,) = (most > least)[:, 0].nonzero(as_tuple=True)  # in most blocks, of few queries
-        above = scores[rows] > least[rows]
+            least = np.nextafter(scores.topk(self.top_k + 1).values[:, -1].numpy(), np.float32(-np.inf))
+        above = np.greater(values, least, order="C")
         if self.excluded is not None:
-            own = torch.from_numpy(self.excluded)[rows, None] - start
-            above &= torch.arange(scores.shape[1]) != own
-        row, place = above.nonzero(as_tuple=True)
-        query = rows[row]
-        self.found.append((query.numpy(), place.numpy() + start, scores[query, place].numpy()))
+            (own,) = np.nonzero((self.excluded >= start) & (self.excluded < end))
+            above[self.excluded[own] - start, own] = False
+        place, query = np.divmod(np.flatnonzero(above), len(least))
+        self.found.append((query, place + start, values[place, query]))
         self.pending += len(query)
-        if self.pending > max(PASSAGES, self.top_k * len(self.least)):
+        if self.pending > max(PASSAGES, self.top_k * len(least)):
             self._keep()
 
     def _keep(self) -> None:
         *found, place = _ordered(tuple(map(np.concatenate, zip(*self.found, strict=True))), self.top_k)
         self.found, self.pending, last = [tuple(found)], 0, place == self.top_k - 1
-        self.least[found[0][last], 0] = torch.from_numpy(found[2][last])
+        self.least[found[0][last]] = found[2][last]
 
     def ranking(self, n: int) -> Ranking:
         return to_ranking(self.found, len(self.least), min(self.top_k, n))
