@@ -32,9 +32,11 @@ from diffret_lib.report.figures import WIDTH
 from diffret_lib.report.results import set_style
 from diffret_lib.retrieval.index import STORAGES, FaissIndex, PassageIndex, two_stage_search
 from diffret_lib.retrieval.representations import Representations
-from diffret_lib.retrieval.search import PASSAGES, Ranking
+from diffret_lib.retrieval.search import Ranking
 
 TOP_K = 100
+#: Bytes of float32 in a shard of an index: to map one costs a tenth of a millisecond, so many small ones take longer.
+SHARD = 32 << 20
 #: Passages of a cluster; lengths of what a passage, and each of its vectors, add to its centre (of length 1), and of
 #: what a query's vector adds to that of a passage.
 CLUSTER, SPREAD, OWN, ASKED = 200, 0.6, 0.6, 3.0
@@ -55,8 +57,9 @@ def clustered(n: int, k: int, hidden: int, seed: int = 0) -> Iterator[Representa
     """Passages of ``k`` unit vectors around the centres of clusters, shard by shard; the same for the same seed."""
     scale = np.float32(hidden**-0.5)
     centres = _unit(np.random.default_rng(seed).standard_normal((max(2, n // CLUSTER), hidden), np.float32))
-    for start in range(0, n, PASSAGES):
-        size, rng = min(PASSAGES, n - start), np.random.default_rng([seed, start])
+    step = max(1, SHARD // (4 * k * hidden))
+    for start in range(0, n, step):
+        size, rng = min(step, n - start), np.random.default_rng([seed, start])
         passage = centres[rng.integers(0, len(centres), size)]
         passage = passage + SPREAD * scale * rng.standard_normal(passage.shape, np.float32)
         own = OWN * scale * rng.standard_normal((size, k, hidden), np.float32)
@@ -66,7 +69,7 @@ def clustered(n: int, k: int, hidden: int, seed: int = 0) -> Iterator[Representa
 def indexes(folder: Path, n: int, k: int, hidden: int) -> dict[str, PassageIndex]:
     """The passages in every storage, from disk, or written there."""
     found: dict[str, PassageIndex] = {}
-    made = address([clustered, _unit], CLUSTER, SPREAD, OWN)[:8]  # another way to make them is another folder
+    made = address([clustered, _unit], CLUSTER, SPREAD, OWN, SHARD)[:8]  # another way to make them is another folder
     for storage in STORAGES:
         where = folder / f"{n}x{k}x{hidden}-{made}-{storage}"
         parts = found["float32"].parts() if found else clustered(n, k, hidden)

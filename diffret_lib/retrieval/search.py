@@ -15,8 +15,8 @@ import torch
 from diffret_lib.data.checks import strings, whole_number
 from diffret_lib.retrieval.representations import Representations
 
-#: Passages that are scored at a time, as many as a shard of the cache has.
-PASSAGES = 1024
+#: Passages of a shard of the cache, and those that are scored at a time.
+PASSAGES, SCORED = 1024, 8192
 #: Query vectors in one matrix product, and dot products at a time for each thread: they stay in a core's cache.
 QUERY_VECTORS, BLOCK = 512, 1 << 19
 MODES = ("dense", "sparse", "hybrid")
@@ -50,7 +50,7 @@ def search_parts(
     best = {kind: _Best(len(queries), whole_number("top_k", top_k), excluded) for kind in kinds}
     scores: dict[str, Score] = {}
     end = start
-    for part in parts:
+    for part in (block for whole in parts for block in shards_of(whole)):
         check_sides(queries, part, kinds)
         for kind in kinds if len(queries) and len(part) else ():
             if kind not in scores:
@@ -67,7 +67,7 @@ def search(
     """Find the best passages as :func:`search_parts` does."""
     dense, sparse = (passages.dense if {"maxsim", "mean"} & {*kinds} else None), passages.sparse
     only = Representations(dense, passages.lengths, sparse if "sparse" in kinds else None, passages.origin)
-    return search_parts(queries, shards_of(only), kinds, top_k, excluded)
+    return search_parts(queries, [only], kinds, top_k, excluded)
 
 
 def kinds_of(mode: str, k_query: int, k_passage: int) -> tuple[str, ...]:
@@ -105,9 +105,10 @@ def _scores(kind: str, queries: Representations, vectors: int) -> Score:
     return partial(mean_scores, torch.from_numpy(mean_vectors(queries))) if mean else MaxSim(queries, vectors)
 
 
-def shards_of(encoded: Representations, size: int = PASSAGES) -> Iterator[Representations]:
+def shards_of(encoded: Representations, size: int = SCORED) -> Iterator[Representations]:
     """Give representations in parts of ``size`` texts, as shards of an index are."""
-    return (encoded[start : start + size] for start in range(0, len(encoded) or 1, size))
+    for start in range(0, len(encoded) or 1, size):
+        yield encoded[start : start + size] if len(encoded) > size else encoded
 
 
 def mean_vectors(side: Representations, rows: slice = slice(None)) -> np.ndarray:
@@ -155,29 +156,30 @@ class MaxSim:
     """
 
     def __init__(self, queries: Representations, vectors: int) -> None:
-        self.queries, self.k_query, self.k_passage = len(queries), queries.vectors, vectors
-        self.size, dense = max(1, QUERY_VECTORS // self.k_query), torch.from_numpy(_filled(queries))
-        self.columns = [own.transpose(0, 1).flatten(0, 1).T.contiguous() for own in dense.split(self.size)]
-        width = self.k_query * min(self.size, len(queries)) * vectors
-        block = max(1, BLOCK * torch.get_num_threads() // max(1, width))
+        size, dense = max(1, QUERY_VECTORS // queries.vectors), torch.from_numpy(_filled(queries))
+        width = queries.vectors * min(size, len(queries))
+        block = max(1, BLOCK * torch.get_num_threads() // max(1, width * vectors))
         self.block = min(1 << (block.bit_length() - 1), PASSAGES)  # a power of two: a whole number in a shard
+        self.groups, self.size, self.scores = [], size, torch.empty(0, len(queries))
         # made once: memory for each block anew would cost as much as the maxima
-        self.products, self.best = torch.empty(self.block * width), torch.empty(self.block * width // max(1, vectors))
-        self.scores = torch.empty(0, len(queries))
+        products, best = torch.empty(self.block * width * vectors), torch.empty(self.block * width)
+        for own in dense.split(size):
+            columns = own.transpose(0, 1).flatten(0, 1).T.contiguous()
+            n = self.block * columns.shape[1]
+            shapes = (self.block, vectors, columns.shape[1]), (self.block, queries.vectors, len(own))
+            self.groups.append((columns, products[: n * vectors].view(shapes[0]), best[:n].view(shapes[1])))
 
     def __call__(self, part: Representations) -> torch.Tensor:
         """Scores of a part's passages, which the next call writes over."""
         if len(part) > len(self.scores):
-            self.scores = torch.empty(len(part), self.queries)
+            self.scores = torch.empty(len(part), self.scores.shape[1])
         vectors, scores = torch.from_numpy(_filled(part)), self.scores[: len(part)]
-        for columns, own in zip(self.columns, scores.split(self.size, 1), strict=True):
+        for (columns, products, best), own in zip(self.groups, scores.split(self.size, 1), strict=True):
             for rows, out in zip(vectors.split(self.block), own.split(self.block), strict=True):
-                n, width = len(rows), columns.shape[1]
-                products = self.products[: n * self.k_passage * width].view(n * self.k_passage, width)
-                best = self.best[: n * width].view(n, width)
-                torch.mm(rows.flatten(0, 1), columns, out=products)
-                torch.amax(products.view(n, self.k_passage, width), 1, out=best)
-                torch.sum(best.clamp_(min=0).view(n, self.k_query, out.shape[1]), 1, out=out)
+                products, best = products[: len(rows)], best[: len(rows)]  # fewer in the last block alone
+                torch.mm(rows.flatten(0, 1), columns, out=products.flatten(0, 1))
+                torch.amax(products, 1, out=best.flatten(1))
+                torch.sum(best.clamp_(min=0), 1, out=out)
         return scores.T
 
 
@@ -197,7 +199,7 @@ class _Best:
         if not scores.numel():
             return
         end, values = start + scores.shape[1], scores.numpy().T  # in rows, as MaxSim has them: passages
-        if not np.isfinite([values.min(), values.max()]).all():  # nan where one score is
+        if not np.isfinite(values.sum()) and not np.isfinite(values).all():  # one look at all; a sum can overflow
             raise ValueError(f"scores of the passages {start}..{end} are not finite")
         least = self.least
         if not self.found and end - start > self.top_k + 1:  # fewer to sort than all; one more for the excluded one
