@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from diffret_lib.addresses import address, fingerprint
 from diffret_lib.cache import atomic_path, fetch, file_sha256, remember, work_folder, write_text
@@ -85,8 +86,8 @@ def run_recipe(
 ) -> Run:  # fmt: skip
     """Run the adaptation: the first stage for ``tokens`` tokens on few packages, or (``None``) the whole recipe.
 
-    ``parent`` is the autoregressive one, in bfloat16 (or float32, slower), ``mask_id`` the token that becomes the mask,
-    ``held_out`` of :func:`held_out_rows`.  A folder of ``packages`` (wheels and Debian's) is read besides what is
+    ``parent`` is the autoregressive one, whose dtype is that of the products, ``mask_id`` the token that becomes the
+    mask, ``held_out`` of :func:`held_out_rows`.  A folder of ``packages`` (wheels and Debian's) is read besides what is
     installed, and no text shares 13 words in a row with one of ``clear_of``; ``work`` gets every stage (``adapter``,
     ``curve.json``, ``recipe.json``) when it is finished.
     """
@@ -125,7 +126,7 @@ def adapt(
     """
     needed, length = sum(stage.text_rows for stage in stages), stages[0].sequence_length
     rows_of = {kind: rows.tolist() for kind, rows in held_out.items()}
-    machine = str(parent.dtype), parent.device.type
+    machine, bfloat16 = (str(parent.dtype), parent.device.type), parent.dtype == torch.bfloat16
     inputs = parent.weights, *machine, mask_id, fingerprint(list(texts)), rows_of, evaluate_every
     folders: list[Path] = []
     for i, stage in enumerate(stages):
@@ -155,9 +156,10 @@ def adapt(
                 load_adapter(model, begun)
             adapter, curve = train(
                 model, before.weights, data, stage, work_folder("adaptation", key),
-                pad_id=parent.tokenizer.pad_token_id, evaluate_every=evaluate_every, save_every=500,
+                pad_id=parent.tokenizer.pad_token_id, evaluate_every=evaluate_every, save_every=500, bfloat16=bfloat16,
                 evaluate=lambda model: {
-                    f"held_out {kind}": held_out_cross_entropy(model, rows, mask_id) for kind, rows in held_out.items()
+                    f"held_out {kind}": held_out_cross_entropy(model, rows, mask_id, bfloat16=bfloat16)
+                    for kind, rows in held_out.items()
                 },
             )  # fmt: skip
             export_adapter(adapter, folder / "adapter")
@@ -195,7 +197,8 @@ def held_out_table(backbones: Mapping[str, LoadedBackbone], held_out: Mapping[st
         for text, sequences in held_out.items():
             where = backbone.fingerprint, backbone.device.type, backbone.mask_id
             key = address([held_out_cross_entropy], *where, sequences.tolist())
-            compute = partial(held_out_cross_entropy, backbone.model, sequences, backbone.mask_id, progress=True)
+            how = {"bfloat16": backbone.dtype == torch.bfloat16, "progress": True}
+            compute = partial(held_out_cross_entropy, backbone.model, sequences, backbone.mask_id, **how)
             losses = remember("held_out", key, compute)
             rows.append({"backbone": name, "text": text} | {f"{float(r):.0%} masked": v for r, v in losses.items()})
     return pd.DataFrame(rows)

@@ -303,18 +303,20 @@ class _HeldOut(TrainerCallback):
 def train(
     model: PeftModel, base: str, dataset: Dataset, recipe: Recipe, work: Path, *, pad_id: int,
     evaluate: Callable[[PeftModel], dict[str, Any]] | None = None, evaluate_every: int = 0, save_every: int = 50,
+    bfloat16: bool = False,
 ) -> tuple[Path, list[dict[str, Any]]]:  # fmt: skip
     """Run one stage; started again with the same folder ``work`` it goes on from its last whole checkpoint.
 
     ``base`` is the fingerprint of the weights that the adapter is for.  With a multiple of 10 in ``save_every`` an
-    interrupted training has the same curve, too: the loss is logged every 10 steps.
+    interrupted training has the same curve, too: the loss is logged every 10 steps.  With ``bfloat16`` it runs under
+    autocast.
 
     Returns the adapter's folder in ``work``, and the curve: records with stage, step, tokens_seen, and loss, grad_norm,
     learning_rate and epoch, or what ``evaluate`` returns (held_out, ...).
     """
     arguments = TrainingArguments(
         output_dir=str(work), report_to="none", disable_tqdm=True, remove_unused_columns=False, seed=recipe.seed,
-        use_cpu=not torch.cuda.is_available(), bf16=True, train_sampling_strategy="sequential",
+        use_cpu=not torch.cuda.is_available(), bf16=bfloat16, train_sampling_strategy="sequential",
         max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size, logging_steps=min(10, recipe.steps),
         learning_rate=recipe.learning_rate, warmup_steps=recipe.warmup_steps, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.final_learning_rate / recipe.learning_rate},
@@ -335,9 +337,13 @@ def train(
 
 @torch.no_grad()
 def held_out_cross_entropy(
-    model: PreTrainedModel | PeftModel, rows: np.ndarray, mask_id: int, *, progress: bool = False
-) -> dict[str, float]:
-    """Cross-entropy (nats per masked token) of rows [n, length] at masking ratios (as text), always the same masks."""
+    model: PreTrainedModel | PeftModel, rows: np.ndarray, mask_id: int, *, bfloat16: bool = False,
+    progress: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Cross-entropy (nats per masked token) of rows [n, length] at masking ratios (as text), always the same masks.
+
+    With ``bfloat16`` it is computed under autocast, which is slow on a processor without products of it.
+    """
     was_training = model.training
     model.eval()
     out = {}
@@ -355,7 +361,7 @@ def held_out_cross_entropy(
                 "target_ids": ids[chosen][:, None], "target_probs": torch.ones(masked, 1),
             }  # fmt: skip
             batch = {k: v.to(model.device) for k, v in batch.items()}
-            with torch.autocast(model.device.type, dtype=torch.bfloat16):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
                 total += float(masked_cross_entropy(model, batch)) * masked
             count += masked
         out[f"{ratio:g}"] = total / count
