@@ -320,12 +320,11 @@ def slug(name: str) -> str:
 
 
 def _find(profile: str | Path) -> Path:
-    path = Path(str(profile))
-    found = path if path.suffix in (".yml", ".yaml") else PROFILES_DIR / f"{profile}.yml"
-    names = sorted(path.stem for path in PROFILES_DIR.glob("*.yml"))
-    if not os.path.isfile(found) or (found is not path and str(profile) not in names):  # False for one too long as well
+    path, named = Path(str(profile)), {path.stem: path for path in PROFILES_DIR.glob("*.yml")}
+    found = path if path.suffix in (".yml", ".yaml") else named.get(str(profile))
+    if found is None or not os.path.isfile(found):  # False for a path that is too long as well
         raise ProfileError(
-            f"there is no profile {str(profile)!r}; there are {', '.join(names)} (in {PROFILES_DIR}), "
+            f"there is no profile {str(profile)!r}; there are {', '.join(sorted(named))} (in {PROFILES_DIR}), "
             "or name the path of a .yml file"
         )
     return found

@@ -33,7 +33,6 @@ def versions(packages: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str | Non
 def hardware() -> dict[str, Any]:
     """Processor, cores, memory (bytes), GPUs and operating system."""
     process = psutil.Process()
-    gpus = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader").splitlines()
     named = re.search(r"^model name\s*:\s*(.+)$", _output("cat", "/proc/cpuinfo"), re.MULTILINE)
     cpu = named[1].strip() if named else _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     return {
@@ -42,7 +41,7 @@ def hardware() -> dict[str, Any]:
         "cores_physical": psutil.cpu_count(logical=False),
         "cores_usable": len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpu": [line.strip() for line in gpus if line.strip()],
+        "gpu": _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader").splitlines(),
         "system": f"{platform.system()} {platform.machine()}",
     }
 

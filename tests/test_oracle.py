@@ -155,8 +155,8 @@ def test_values_of_each_query_against_a_loop():
     rng = np.random.default_rng(0)
     values, drawn = rng.random((6, 4)), rng.random((5, 6, 4))
     values[2] = 0.5
-    found = oracle_queries(made({"c": values}, {"c": drawn}), (2, 2), seed=3)
-    best_fixed, of_draws = held_out(values, 3), [held_out(draw, 3) for draw in drawn]
+    found = oracle_queries(made({"c": values}, {"c": drawn}), (2, 2))
+    best_fixed, of_draws = held_out(values), [held_out(draw) for draw in drawn]
     for q, row in enumerate(found.itertuples()):
         assert (row.collection, row.query_id, row.tied) == ("c", f"q{q}", q == 2) and np.isnan(row.fine_tuned)
         assert (row.oracle, row.selected, row.single) == (max(values[q]), values[q, 3], values[q, 0])
@@ -165,7 +165,7 @@ def test_values_of_each_query_against_a_loop():
         assert row.chance == pytest.approx(np.mean(rooms))
         assert row.chance_selected == pytest.approx(np.mean([max(draw[q]) - draw[q, 3] for draw in drawn]))
         assert row.chance_kq == pytest.approx(np.mean([max(draw[q, 1], draw[q, 3]) - draw[q, 3] for draw in drawn]))
-    levels, observed = twin_levels(made({"c": values}, {"c": drawn}), ["c"], seed=3)
+    levels, observed = twin_levels(made({"c": values}, {"c": drawn}), ["c"])
     assert levels.mean() == pytest.approx(found["chance"].mean()) and len(levels) == 5
     assert observed == pytest.approx((found["oracle"] - found["best_fixed"]).mean())
 

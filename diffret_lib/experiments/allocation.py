@@ -109,8 +109,7 @@ def query_features(study: Study, collection: Collection, pair: tuple[int, int]) 
 
 def count_values(grid: pd.DataFrame, k_passage: int) -> pd.DataFrame:
     """Hybrid nDCG@10 of every query under each Kq at one Kp; index (collection, query_id), columns Kq."""
-    cells = grid_cells(grid)
-    return cells[cells["k_passage"] == k_passage].pivot(index=QUERY, columns="k_query", values="value")
+    return grid_cells(grid[grid["k_passage"] == k_passage]).pivot(index=QUERY, columns="k_query", values="value")
 
 
 def feature_correlations(features: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
@@ -208,15 +207,13 @@ def allocator_table(
     frame = pd.DataFrame({"selected": values[default], "adaptive": taken, "oracle_kq": values.max(axis=1)})
     frame["headroom"], frame["gain"] = frame["oracle_kq"] - frame["selected"], frame["adaptive"] - frame["selected"]
     frame["chance"], frame["mean_kq"], frame["changed"] = chance.reindex(values.index), chosen, chosen != default
-    groups = frame.astype(float).groupby(level="collection", sort=False)
-    table = groups.mean()
-    table["queries"] = groups.size()
-    own = table.loc[list(out_of_domain)]
-    table.loc["macro"] = own.mean()
-    table["queries"] = [*groups.size(), own["queries"].sum()]
+    groups, outside = frame.astype(float).groupby(level="collection", sort=False), list(out_of_domain)
+    table, sizes = groups.mean(), groups.size()
+    table.loc["macro"] = table.loc[outside].mean()
+    table["queries"] = [*sizes, sizes[outside].sum()]
     # of a collection or a mean without headroom there is nothing to close
     table["closed"] = table["gain"] / table["headroom"].where(table["headroom"] > 1e-12)
-    counted = frame["gain"][frame.index.isin(list(out_of_domain), level="collection")]
+    counted = frame["gain"][frame.index.isin(outside, level="collection")]
     found, tested = paired(counted, resamples, seed), ["low", "high", "p", "detectable"]
     table.loc["macro", tested] = [found[name] for name in tested]
     order = "queries selected adaptive oracle_kq headroom chance gain low high p detectable closed mean_kq changed"

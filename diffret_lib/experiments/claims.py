@@ -61,8 +61,6 @@ INCONCLUSIVE, NOT_TESTED = "inconclusive at this scale", "not tested"
 ALPHA = 0.05
 #: "About" a ratio: between the ratio divided by it and the ratio times it.
 NEAR = 1.5
-#: Directions of a claimed gain.
-GAINS = ("greater", "clear gain")
 #: The notebook that writes each table.
 PRODUCERS = {"per_query": "04_evaluation", "claim4_ratios": "06_efficiency", "grid_per_query": "02_mask_count_ablation",
              "oracle_chance": "05_per_query_optimal_k"}  # fmt: skip
@@ -108,7 +106,6 @@ class _Saved:
     folder: Path
     collections: Sequence[str]
     resamples: int
-    seed: int
 
     def table(self, name: str) -> pd.DataFrame:
         path = self.folder / "tables" / f"{name}.csv"
@@ -126,7 +123,7 @@ class _Saved:
 
     @cached_property
     def undertrained(self) -> dict[str, str]:
-        return undertrained(self.per_query, self.resamples, self.seed)
+        return undertrained(self.per_query, self.resamples)
 
     @cached_property
     def selected(self) -> tuple[int, int]:
@@ -138,14 +135,11 @@ class _Saved:
 
     def paired(self, values: pd.Series, test: Row) -> Row:
         bound = test["bound"] if test["direction"] in ("no gain", "at most") else 0.0
-        return paired(values, self.resamples, self.seed, bound)
+        return paired(values, self.resamples, bound=bound)
 
 
 def _numbers(saved: _Saved, test: Row) -> Row:
-    """What a test finds in its table; a ValueError says what is not there.
-
-    A system or a mode that is undertrained, or a profile that trains none, leaves the test without a number.
-    """
+    """What a test finds in its table, or a note on why it is not made; a ValueError says what is not there."""
     if test["training"] == "fine-tuned":
         if not (saved.per_query["training"] == "fine-tuned").any():
             return {"note": NO_TRAINING}
@@ -188,7 +182,7 @@ def _losses(saved: _Saved, test: Row) -> Row:
     grid = grid[grid["collection"].isin(list(saved.collections))]
     if saved.selected not in set(zip(grid["k_query"], grid["k_passage"])):
         raise ValueError(f"grid_per_query.csv has no test rows of the pair {saved.selected}")
-    found = saved.paired(held_out_losses(grid, saved.selected, saved.seed), test)
+    found = saved.paired(held_out_losses(grid, saved.selected), test)
     return found | {"comparison": f"{test['comparison']} {saved.selected}", "p": math.nan}
 
 
@@ -253,14 +247,12 @@ class Ledger:
     verdicts: pd.DataFrame
 
 
-def ledger(
-    folder: Path, profile_name: str, collections: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
-) -> Ledger:
+def ledger(folder: Path, profile_name: str, collections: Sequence[str], resamples: int = RESAMPLES) -> Ledger:
     """Test every claim on ``tables/*.csv`` and ``run.json`` of a results folder, on the (out-of-domain) collections.
 
     A test whose table or rows are missing is "not tested", with a note that says which notebook makes them.
     """
-    saved, rows = _Saved(Path(folder), collections, resamples, seed), []
+    saved, rows = _Saved(folder, collections, resamples), []
     for test in _planned():
         try:
             rows.append(test | _numbers(saved, test))
@@ -273,7 +265,7 @@ def ledger(
     tests = tests[~(tests.duplicated(["claim", "comparison", "batch", "quantity"]) & (tests["statistic"] == RATIO))]
     tests = tests.reset_index(drop=True)[list(_COLUMNS)].astype({"queries": int, "collections": int, "counts": bool})
     counting = tests[tests["counts"]]
-    gains = counting[counting["direction"].isin(GAINS)]
+    gains = counting[counting["direction"].isin(["greater", "clear gain"])]
     tests["p_all"] = pd.Series(holm(gains["p"]), gains.index)
     tests["p_corrected"] = counting.groupby("claim")["p"].transform(holm)
     corrected = tests["p_corrected"].where(tests["counts"], tests["p"])
@@ -308,11 +300,10 @@ def _where(tests: pd.DataFrame) -> str:
 
 def answer(ledger: Ledger) -> str:
     """The verdicts in two sentences (Markdown)."""
-    claims = ledger.verdicts.groupby("verdict", sort=False)["claim"].agg(list)
+    claims = ledger.verdicts.astype({"claim": str}).groupby("verdict", sort=False)["claim"].agg(", ".join)
     notes, counting = ledger.tests["note"], ledger.tests[ledger.tests["counts"]]
     why = {NOT_TESTED: f" ({NO_TRAINING})"} if (notes == NO_TRAINING).any() else {}
-    listed = ((verdict, ", ".join(map(str, numbers))) for verdict, numbers in claims.items())
-    verdicts = "; ".join(f"**{verdict}**{why.get(verdict, '')}: {numbers}" for verdict, numbers in listed)
+    verdicts = "; ".join(f"**{verdict}**{why.get(verdict, '')}: {numbers}" for verdict, numbers in claims.items())
     out = sorted(set(notes[notes.str.contains("undertrained")].str.split(":").str[0]))
     names = next(filter(None, ledger.verdicts["collections"]), "none")
     left = f"; undertrained, so in no verdict: {', '.join(out)}" if out else ""

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from diffret_lib.data.checks import whole_number
 from diffret_lib.data.collection import lexical_overlap
 from diffret_lib.experiments.study import TEXT_ONLY, Study, System, macro
 from diffret_lib.retrieval.metrics import METRIC, holm, macro_average, macro_randomization_p
@@ -62,8 +63,7 @@ def collections_table(study: Study) -> pd.DataFrame:
 
 def heat_map(grid: pd.DataFrame, mode: str) -> pd.DataFrame:
     """Mean over collections of the mean nDCG@10; rows Kq, columns Kp."""
-    means = grid_cells(grid, mode).groupby([*PAIR, "collection"])["value"].mean()
-    return means.groupby(PAIR).mean().unstack("k_passage")
+    return macro(grid_cells(grid, mode), PAIR).pivot(index="k_query", columns="k_passage", values="value")
 
 
 def grid_cells(grid: pd.DataFrame, mode: str = SELECTION_MODE) -> pd.DataFrame:
@@ -71,14 +71,14 @@ def grid_cells(grid: pd.DataFrame, mode: str = SELECTION_MODE) -> pd.DataFrame:
     return grid[(grid["mode"] == mode) & (grid["metric"] == METRIC)]
 
 
-def held_out_best(cells: np.ndarray, seed: int = 0, keep: int | None = None) -> np.ndarray:
+def held_out_best(cells: np.ndarray, keep: int | None = None) -> np.ndarray:
     """Value, for each query, of the fixed pair that the other half of the queries chooses: no query chooses its own.
 
-    ``cells`` is float [..., queries, pairs], the result [..., queries]; the queries are split in two halves in the
-    order that ``seed`` gives.  Of equal means the pair ``keep`` is chosen, else the first.  nan for a single query.
+    ``cells`` is float [..., queries, pairs], the result [..., queries]; the halves are random, and always the same for
+    as many queries.  Of equal means the pair ``keep`` is chosen, else the first.  nan for a single query.
     """
     n, found = cells.shape[-2], np.full(cells.shape[:-1], np.nan)
-    halves = np.array_split(np.random.default_rng(seed).permutation(n), 2)
+    halves = np.array_split(np.random.default_rng(0).permutation(n), 2)
     for chosen_on, scored_on in (halves, halves[::-1]) if n > 1 else ():
         means = cells[..., chosen_on, :].mean(-2, dtype=float).round(6)  # equal sums may differ in the last digits
         best = means.argmax(-1)
@@ -88,33 +88,32 @@ def held_out_best(cells: np.ndarray, seed: int = 0, keep: int | None = None) -> 
     return found
 
 
-def held_out_losses(grid: pd.DataFrame, selected: tuple[int, int], seed: int = 0) -> pd.Series:
+def held_out_losses(grid: pd.DataFrame, selected: tuple[int, int]) -> pd.Series:
     """What the selected pair loses against :func:`held_out_best`, indexed by collection and query."""
     values = grid_cells(grid).pivot(index=QUERY, columns=PAIR, values="value")
     place = values.columns.get_loc(selected)
-    best = [held_out_best(own.to_numpy(), seed, place) for _, own in values.groupby(level="collection")]
+    best = [held_out_best(own.to_numpy(), place) for _, own in values.groupby(level="collection")]
     return np.concatenate(best) - values[selected]
 
 
-def transfer(
-    grid: pd.DataFrame, selected: tuple[int, int], *, resamples: int = RESAMPLES, seed: int = 0
-) -> pd.DataFrame:
+def transfer(grid: pd.DataFrame, selected: tuple[int, int], resamples: int = RESAMPLES) -> pd.DataFrame:
     """The pair selected on training data against each test collection's own best pair (claim 6).
 
     ``loss`` is against the best pair in hindsight, which its own queries chose and therefore favours; ``held_out_loss``
     against the pair that the other half of the queries chooses, with its 95 % interval (low, high).  Columns
     collection, coverage, queries, selected, best_pair, best, loss, held_out_loss, low, high, single (the pair (1, 1)).
     """
-    rows, names, losses = [], ["collection", "coverage"], held_out_losses(grid, selected, seed)
-    for (collection, coverage), cells in grid_cells(grid).groupby(names, sort=False):
+    rows, losses = [], held_out_losses(grid, selected)
+    for (collection, coverage), cells in grid_cells(grid).groupby(["collection", "coverage"], sort=False):
         means = cells.groupby(PAIR)["value"].mean()
-        best = means.idxmax()
-        loss, pair, queries = means[best] - means[selected], f"({best[0]}, {best[1]})", cells["query_id"].nunique()
-        held_out = interval(losses.loc[[collection]], resamples, seed)
-        held_out = held_out["value"], held_out["low"], held_out["high"]
-        rows.append((collection, coverage, queries, means[selected], pair, means[best], loss, *held_out, means[1, 1]))
-    columns = "queries selected best_pair best loss held_out_loss low high single"
-    return pd.DataFrame(rows, columns=[*names, *columns.split()])
+        best, held_out = means.idxmax(), interval(losses.loc[[collection]], resamples)
+        rows.append({
+            "collection": collection, "coverage": coverage, "queries": cells["query_id"].nunique(),
+            "selected": means[selected], "best_pair": f"({best[0]}, {best[1]})", "best": means[best],
+            "loss": means[best] - means[selected], "held_out_loss": held_out["value"], "low": held_out["low"],
+            "high": held_out["high"], "single": means[1, 1],
+        })  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def per_query_best(grid: pd.DataFrame) -> pd.DataFrame:
@@ -153,9 +152,8 @@ def interval(values: pd.Series, resamples: int = RESAMPLES, seed: int = 0) -> di
     collection; one collection) is nan.  ValueError: there is nothing to average over, a value is no number, there are
     fewer than two resamples, or the seed is negative.
     """
-    for name, given, least in (("resamples", resamples, 2), ("seed", seed, 0)):
-        if not isinstance(given, int | np.integer) or given < least:
-            raise ValueError(f"{name} must be a whole number of {least} or more, not {given!r}")
+    whole_number("resamples", resamples, 2)
+    whole_number("seed", seed, 0)
     parts = _parts(values)
     found = dict.fromkeys(("value", "low", "high", "low_all", "high_all"), math.nan) | {"value": macro_average(parts)}
     if math.isnan(found["value"]) or min(map(len, parts.values())) < 2:
@@ -229,18 +227,15 @@ def differences(systems: Systems, better: tuple[str, str], than: tuple[str, str]
     return one - other
 
 
-def system_intervals(
-    per_query: pd.DataFrame, collections: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
-) -> pd.DataFrame:
+def system_intervals(per_query: pd.DataFrame, collections: Sequence[str], resamples: int = RESAMPLES) -> pd.DataFrame:
     """Macro averages; columns training, system, mode, and those of :func:`interval`."""
     cells = per_query[(per_query["metric"] == METRIC) & per_query["collection"].isin(list(collections))]
     keys = ["training", "system", "mode"]
     groups = cells.set_index("collection").groupby(keys, sort=False)["value"]
-    rows = [dict(zip(keys, key)) | interval(own, resamples, seed) for key, own in groups]
-    return pd.DataFrame(rows)
+    return pd.DataFrame([dict(zip(keys, key)) | interval(own, resamples) for key, own in groups])
 
 
-def undertrained(per_query: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, str]:
+def undertrained(per_query: pd.DataFrame, resamples: int = RESAMPLES) -> dict[str, str]:
     """Fine-tuned systems, and modes of others (``"RepLLaMA, fine-tuned (dense)"``), that enter no verdict: the reasons.
 
     A system is undertrained when it beats its zero-shot form (RepLLaMA, which has none: mean pooling) clearly in none
@@ -252,7 +247,7 @@ def undertrained(per_query: pd.DataFrame, resamples: int = RESAMPLES, seed: int 
     for system, training in tuned.itertuples(index=False):
         name, form = comparison_name(system, training), ZERO_SHOT_FORM.get(system, system)
         modes = [mode for known, mode in systems if known == name and (form, mode) in systems]
-        gains = [interval(differences(systems, (name, mode), (form, mode)), resamples, seed) for mode in modes]
+        gains = [interval(differences(systems, (name, mode), (form, mode)), resamples) for mode in modes]
         shown = {
             mode: f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] nDCG@10 against {form} ({mode})"
             for mode, gain in zip(modes, gains)
@@ -308,9 +303,8 @@ def planned_comparisons(systems: Sequence[System], left_out: Collection[str] = (
 
 
 def compare_systems(
-    per_query: pd.DataFrame, comparisons: Sequence[Comparison], collections: Sequence[str], *,
-    resamples: int = RESAMPLES, seed: int = 0,
-) -> pd.DataFrame:  # fmt: skip
+    per_query: pd.DataFrame, comparisons: Sequence[Comparison], collections: Sequence[str], resamples: int = RESAMPLES
+) -> pd.DataFrame:
     """Paired differences over the queries of several collections, macro-averaged; systems by :func:`comparison_name`.
 
     Columns better, than, mode, queries, difference, low, high, low_all, high_all, p, p_corrected (by Holm over the
@@ -319,7 +313,7 @@ def compare_systems(
     """
     systems, rows = by_system(per_query, collections), []
     for better, than, mode in comparisons:
-        found = paired(differences(systems, (better, mode), (than, mode)), resamples, seed)
+        found = paired(differences(systems, (better, mode), (than, mode)), resamples)
         rows.append({"better": better, "than": than, "mode": mode, "queries": found["queries"]} | found)
     table = pd.DataFrame(rows).rename(columns={"value": "difference"}).drop(columns="collections")
     table.insert(table.columns.get_loc("p") + 1, "p_corrected", holm(table["p"].to_numpy()))
@@ -335,13 +329,10 @@ def evaluation_answer(intervals: pd.DataFrame, comparisons: pd.DataFrame) -> str
     best = [models.loc[rows["value"].idxmax()] for _, rows in models.groupby("training", sort=False)]
     subject = "model by macro nDCG@10 is" if len(best) == 1 else "models by macro nDCG@10 are"
     leads = ", and ".join(f"{row['training']} {row['system']} ({row['mode']}) with {row['value']:.3f}" for row in best)
-    found = comparisons.set_index(["better", "than", "mode"])
-    asked = [("DiffEmbed", "DiffRetriever single", "dense")]
-    asked += [("DiffRetriever single", "DiffRetriever multi", mode) for mode in ("dense", "hybrid")]
-    gains = []
-    for than, better, mode in asked:
-        row = found.loc[(better, than, mode)]
-        gains.append(f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] ({mode})")
+    asked = [("DiffRetriever single", "DiffEmbed", "dense")]
+    asked += [("DiffRetriever multi", "DiffRetriever single", mode) for mode in ("dense", "hybrid")]
+    rows = comparisons.set_index(["better", "than", "mode"], drop=False).loc[asked]
+    gains = [f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}] ({row.mode})" for row in rows.itertuples()]
     return (
         f"Out of domain the best {subject} {leads}; BM25 has {values['BM25']:.3f}, and "
         f"{values['BM25, cut text']:.3f} on the text that the others read. Zero-shot, one mask makes {gains[0]} over "
@@ -352,9 +343,9 @@ def evaluation_answer(intervals: pd.DataFrame, comparisons: pd.DataFrame) -> str
 def maxsim_over_mean(intervals: pd.DataFrame) -> str:
     """A sentence on what MaxSim adds to the dot product of the mean vectors, for each system with several vectors."""
     values = intervals.set_index(["system", "training", "mode"])["value"]
-    several = [key[:2] for key in values.index if key[2] == "mean"]
-    gains = [(f"{name}, {how}", values[name, how, "dense"] - values[name, how, "mean"]) for name, how in several]
-    said = "; ".join(f"{name} {gain:+.3f}" for name, gain in gains)
+    mean = values.xs("mean", level="mode")
+    gains = values.xs("dense", level="mode").loc[mean.index] - mean
+    said = "; ".join(f"{name}, {training} {gain:+.3f}" for (name, training), gain in gains.items())
     return f"MaxSim adds to macro nDCG@10, over the dot product of the mean vectors: {said}."
 
 

@@ -33,7 +33,9 @@ def departures(study: Study) -> pd.DataFrame:
     prompted, several = masked | {"PromptReps single": study.promptreps()}, {"PromptReps multi": study.promptreps(n)}
     here = prompted | {"DiffEmbed": study.retriever(DiffEmbed)}
     shifted = study.backbone("diffusion").spec.prediction_shift
-    length = REFERENCE_LENGTH - prompt_tokens(study)
+    # the reference's length has no room for the masks and the tail
+    prompt = RetrievalPrompt(study.backbone("diffusion").tokenizer, "passage", few_words=False)
+    length = REFERENCE_LENGTH - len(prompt.left) - len(prompt.right)
     choices = [
         ("words of the sparse side", "of the whole text", "of the text that is read", "reference",
          prompted, _changed(prompted, content_from="read text")),
@@ -58,13 +60,15 @@ def departures(study: Study) -> pd.DataFrame:
 
 def shared_text_table(study: Study) -> pd.DataFrame:
     """The grid's one pass for all numbers of masks, against a pass for each, on every test collection; or no rows."""
+    if not study.profile.shared_text_grid:
+        return pd.DataFrame(columns=COLUMNS)
     labels, frames = ("pass over a text", "one for each number of masks", "one for all", "reference"), []
     for name, pair in {"DiffRetriever single": (1, 1), "DiffRetriever multi": study.selected}.items():
         own = study.evaluate(System(name, study.diffretriever(*pair)), study.grid_collections)
         shared = study.test_grid[(study.test_grid["k_query"] == pair[0]) & (study.test_grid["k_passage"] == pair[1])]
-        for c in own["collection"].unique() if study.profile.shared_text_grid else []:
-            frames.append(_compared(own[own["collection"] == c], shared[shared["collection"] == c], c, labels, name))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
+        for c, of_c in own.groupby("collection", sort=False):
+            frames.append(_compared(of_c, shared[shared["collection"] == c], c, labels, name))
+    return pd.concat(frames, ignore_index=True)
 
 
 def dtype_table(study: Study) -> pd.DataFrame:
@@ -91,12 +95,6 @@ def dtype_studies(study: Study) -> dict[str, Study]:
         taken = study.backbone("diffusion").dtype == getattr(torch, dtype)
         studies[dtype] = Study(profile, study._backbones if taken else {})
     return studies
-
-
-def prompt_tokens(study: Study) -> int:
-    """Tokens of the prompt around a passage, K = 1; the reference's length has no room for the masks and the tail."""
-    prompt = RetrievalPrompt(study.backbone("diffusion").tokenizer, "passage", few_words=False)
-    return len(prompt.left) + len(prompt.right)
 
 
 def departures_summary(table: pd.DataFrame) -> str:

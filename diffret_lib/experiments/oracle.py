@@ -163,7 +163,7 @@ def _twin_values(query: QueryScores, draws: int, stratum: int, rng: np.random.Ge
     return np.concatenate(values)
 
 
-def oracle_queries(twins: Twins, selected: Pair, *, seed: int = 0, fine_tuned: pd.Series | None = None) -> pd.DataFrame:
+def oracle_queries(twins: Twins, selected: Pair, fine_tuned: pd.Series | None = None) -> pd.DataFrame:
     """nDCG@10 of each query by the oracle and by fixed pairs, from which the tables below are made.
 
     Columns collection, query_id, oracle, best_fixed (:func:`~diffret_lib.experiments.comparison.held_out_best`),
@@ -178,9 +178,9 @@ def oracle_queries(twins: Twins, selected: Pair, *, seed: int = 0, fine_tuned: p
         same_kp = grid.columns.get_level_values(1) == selected[1]
         best, own = drawn.max(-1), drawn[..., place]
         columns = {
-            "oracle": values.max(1), "best_fixed": held_out_best(values, seed), "selected": values[:, place],
-            "single": values[:, 0],
-            "chance": (best - held_out_best(drawn, seed)).mean(0), "chance_selected": (best - own).mean(0, dtype=float),
+            "oracle": values.max(1), "best_fixed": held_out_best(values), "selected": values[:, place],
+            "single": values[:, 0], "chance": (best - held_out_best(drawn)).mean(0),
+            "chance_selected": (best - own).mean(0, dtype=float),
             "chance_kq": (drawn[..., same_kp].max(-1) - own).mean(0, dtype=float),
             "tied": np.isclose(values, values[:, :1]).all(1),
         }  # fmt: skip
@@ -193,9 +193,7 @@ def oracle_queries(twins: Twins, selected: Pair, *, seed: int = 0, fine_tuned: p
     return table.assign(fine_tuned=tuned.reindex(table.index)).reset_index()
 
 
-def oracle_table(
-    queries: pd.DataFrame, collections: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
-) -> pd.DataFrame:  # fmt: skip
+def oracle_table(queries: pd.DataFrame, collections: Sequence[str], resamples: int = RESAMPLES) -> pd.DataFrame:
     """Means of :func:`oracle_queries` by collection, some with their 95 % interval (``<column>_low``, ``_high``).
 
     The first row is the macro average of ``collections``, those out of domain.
@@ -211,28 +209,28 @@ def oracle_table(
         for name in "single selected fine_tuned best_fixed oracle headroom chance beyond_chance tied".split():
             row[name] = own[name].groupby(level="collection").mean().mean()
             if name in ("selected", "fine_tuned", "best_fixed", "oracle", "beyond_chance"):
-                found = interval(own[name], resamples, seed)
+                found = interval(own[name], resamples)
                 row |= {f"{name}_{end}": found[end] for end in ("low", "high")}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def twin_levels(twins: Twins, collections: Sequence[str], seed: int = 0) -> tuple[np.ndarray, float]:
+def twin_levels(twins: Twins, collections: Sequence[str]) -> tuple[np.ndarray, float]:
     """The oracle's macro headroom over the best fixed pair in each draw of twins (float [draws]), and in the grid."""
     both = [np.concatenate([[observed], drawn]) for observed, drawn in map(twins.get, collections)]
-    rooms = np.mean([(v.max(-1) - held_out_best(v, seed)).mean(-1) for v in both], axis=0)
+    rooms = np.mean([(v.max(-1) - held_out_best(v)).mean(-1) for v in both], axis=0)
     return rooms[1:], float(rooms[0])
 
 
 def oracle_chance(
-    queries: pd.DataFrame, twins: Twins, collections: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+    queries: pd.DataFrame, twins: Twins, collections: Sequence[str], resamples: int = RESAMPLES
 ) -> pd.DataFrame:
     """Headroom of the oracle, its chance level and the part beyond chance; macro over some collections.
 
-    ``queries`` is from :func:`oracle_queries`, with the same ``seed``; a resample of the queries has its own chance
-    level.  Columns method, reference ("best fixed", "selected" or "fine-tuning"), kind ("headroom", "chance", "beyond
-    chance") and those of :func:`~diffret_lib.experiments.comparison.paired`.  p is two-sided; beyond chance over the
-    best fixed pair it is that of the permutation test, twice the smaller tail.
+    ``queries`` is from :func:`oracle_queries`; a resample of the queries has its own chance level.  Columns method,
+    reference ("best fixed", "selected" or "fine-tuning"), kind ("headroom", "chance", "beyond chance") and those of
+    :func:`~diffret_lib.experiments.comparison.paired`.  p is two-sided; beyond chance over the best fixed pair it is
+    that of the permutation test, twice the smaller tail.
     """
     queries, rows = queries[queries["collection"].isin(list(collections))].set_index(QUERY), []
     parts = {"best fixed": ("best_fixed", "chance"), "selected": ("selected", "chance_selected"),
@@ -244,8 +242,8 @@ def oracle_chance(
         values = {"headroom": headroom, "chance": queries[chance], "beyond chance": headroom - queries[chance]}
         for kind, of_kind in values.items():
             about = {"method": "raw" if kind == "headroom" else "random twins", "reference": reference, "kind": kind}
-            rows.append(about | paired(of_kind, resamples, seed))
-    levels, observed = twin_levels(twins, collections, seed)
+            rows.append(about | paired(of_kind, resamples))
+    levels, observed = twin_levels(twins, collections)
     tails = [np.sum(levels >= observed - 1e-9), np.sum(levels <= observed + 1e-9)]
     rows[2]["p"] = min(1.0, 2 * (1 + float(min(tails))) / (1 + len(levels)))
     return pd.DataFrame(rows)

@@ -162,9 +162,8 @@ class Explorer:
     def __post_init__(self) -> None:
         if isinstance(self.collection, str):
             self.collection = self.study.grid_collection(self.collection)
-        shared = {"shared_text": True} if self.study.profile.shared_text_grid else {}
         if self.system == "DiffRetriever":
-            self.retriever = self.study.diffretriever(*self.pair, **shared)
+            self.retriever = self.study.diffretriever(*self.pair, shared_text=self.study.profile.shared_text_grid)
         elif self.system == "PromptReps":
             self.retriever = self.study.promptreps(max(self.pair))
         else:

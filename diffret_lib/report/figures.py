@@ -72,7 +72,7 @@ def _forest(ax: Axes, table: pd.DataFrame, y: str, hue: str, looks: dict[str, tu
     ax.set(ylabel="")
 
 
-def _wrapped(labels: pd.Series, width: int = 30) -> pd.Series:
+def _wrapped(labels: pd.Series, width: int) -> pd.Series:
     return labels.map(lambda label: textwrap.fill(label, width, break_on_hyphens=False))
 
 
@@ -119,9 +119,9 @@ def curves(log: dict) -> Figure:
     before = table.groupby("stage", sort=False)["tokens_seen"].last().cumsum().shift(fill_value=0)
     table["thousands"] = (table["tokens_seen"] + table["stage"].map(before)) / 1000
     fig, axes = _panels(1 + len(held_out), 2.0, sharex=True)
-    trained = table.dropna(subset="loss") if "loss" in table else table[:0]
-    few = {"marker": "o"} if len(trained) < 20 else {}
-    sns.lineplot(trained, x="thousands", y="loss", hue="stage", linewidth=0.9, ax=axes[0], **few)
+    trained = table.dropna(subset="loss")
+    marker = "o" if len(trained) < 20 else None
+    sns.lineplot(trained, x="thousands", y="loss", hue="stage", linewidth=0.9, marker=marker, ax=axes[0])
     axes[0].legend(title="", loc="upper right")
     axes[0].set(title="training")
     for ax, column in zip(axes[1:], held_out):
@@ -144,30 +144,26 @@ def grid_limits(*grids: pd.DataFrame) -> tuple[float, float]:
     return cells.min(), cells.max()
 
 
-def grid(
-    values: pd.DataFrame, title: str, selected: tuple[int, int] | None = None,
-    limits: tuple[float, float] | None = None,
-) -> Figure:  # fmt: skip
-    """Heat maps of nDCG@10 over (Kq, Kp), one for each mode; the selected pair is framed.
+def grid(values: pd.DataFrame, title: str, selected: tuple[int, int], limits: tuple[float, float]) -> Figure:
+    """Heat maps of nDCG@10 over (Kq, Kp), one for each mode; the selected pair, which the grid has, is framed.
 
-    ``limits`` of the colour scale are those of :func:`grid_limits`, by default of this grid alone.
+    ``limits`` of the colour scale are those of :func:`grid_limits`.
     """
-    maps, (least, most) = _grid_maps(values), limits or grid_limits(values)
+    maps = _grid_maps(values)
     fig, axes = _panels(len(maps), 1.75, 2, sharex=True, sharey=True)
     for ax, (mode, means) in zip(axes, maps.items()):
-        scale = {"vmin": least, "vmax": most, "cmap": "cividis", "cbar": False}
+        scale = {"vmin": limits[0], "vmax": limits[1], "cmap": "cividis", "cbar": False}
         text = means.map(lambda value: f"{value:.2f}".removeprefix("0"))
         sns.heatmap(means, annot=text, fmt="", ax=ax, annot_kws={"size": 8}, **scale)
         _contrast(ax)
         ax.set(title=mode, xlabel="", ylabel="")
         ax.tick_params("y", rotation=0)
-        if selected and selected[0] in means.index and selected[1] in means:
-            corner = means.columns.get_loc(selected[1]), means.index.get_loc(selected[0])
-            ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2, clip_on=False))
+        corner = means.columns.get_loc(selected[1]), means.index.get_loc(selected[0])
+        ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2, clip_on=False))
     fig.supxlabel(_PAIR_AXES["xlabel"], fontsize=9)
     fig.supylabel(_PAIR_AXES["ylabel"], fontsize=9)
-    framed = f"; framed: the selected pair {selected}" if selected else ""
-    fig.suptitle(textwrap.fill(f"nDCG@10, zero-shot: {title}{framed}", 62), fontsize=9)
+    title = f"nDCG@10, zero-shot: {title}; framed: the selected pair {selected}"
+    fig.suptitle(textwrap.fill(title, 62), fontsize=9)
     return fig
 
 
@@ -177,8 +173,7 @@ def effectiveness(table: pd.DataFrame, over: str) -> Figure:
     ``table`` has the columns training, system, mode, value, low and high; a system has one row in every panel.
     ``over`` names what the macro is of.
     """
-    order = {system: place for place, system in enumerate(table["system"].unique())}
-    table = table.sort_values("system", key=lambda names: names.map(order), kind="stable")
+    table = table.sort_values("system", key=lambda names: pd.factorize(names)[0], kind="stable")  # as first named
     panels = [table[table["training"] == training] for training in table["training"].unique()]
     heights = [0.42 * rows["system"].nunique() + 0.5 for rows in panels]
     fig, axes = _panels(len(panels), heights, sharex=True)
@@ -215,13 +210,14 @@ def per_collection(table: pd.DataFrame) -> Figure:
 
 
 def oracle(table: pd.DataFrame) -> Figure:
-    """Fixed pairs, fine-tuning (where known) and the oracle as dots with intervals (where known), by collection.
+    """Fixed pairs, fine-tuning (where known) and the oracle by collection: dots, with their intervals but for (1, 1).
 
-    A tick marks the oracle's reach by chance: the best fixed pair and the chance level, where the table has that.
+    A tick marks the oracle's reach by chance: the best fixed pair and the chance level.  Columns as of
+    :func:`~diffret_lib.experiments.oracle.oracle_table`.
     """
     labels = {"single": "(1, 1)", "selected": "selected pair", "fine_tuned": "selected, fine-tuned",
               "best_fixed": "best fixed pair", "oracle": "oracle"}  # fmt: skip
-    labels = {c: label for c, label in labels.items() if c in table and table[c].notna().any()}
+    labels = {c: label for c, label in labels.items() if table[c].notna().any()}
     names = table["collection"].str.removeprefix("pydocs/")
     rows = pd.concat([
         pd.DataFrame({"collection": names, "pair": label, "value": table[c], "low": table.get(f"{c}_low", table[c]),
@@ -231,11 +227,9 @@ def oracle(table: pd.DataFrame) -> Figure:
     fig, axes = _panels(1, 0.52 * len(table) + 0.8)
     looks = dict(zip(labels.values(), (("0.55", "o"), ("C0", "D"), ("C3", "s"), ("C2", "^"), ("C1", "*"))))
     _forest(axes[0], rows, "collection", "pair", looks, dodge=0.6)
-    if "chance" in table and table["chance"].notna().any():
-        reach = table["best_fixed"] + table["chance"]
-        axes[0].plot(reach, range(len(table)), "|", color="black", markersize=16, label="best fixed + chance")
-    interval = ", 95 % interval" * ("oracle_low" in table)
-    label = f"hybrid nDCG@10{interval} (first row: {table['queries'].iloc[0]:,} queries)"
+    reach = table["best_fixed"] + table["chance"]
+    axes[0].plot(reach, range(len(table)), "|", color="black", markersize=16, label="best fixed + chance")
+    label = f"hybrid nDCG@10, 95 % interval (first row: {table['queries'].iloc[0]:,} queries)"
     axes[0].set(xlabel=label, ylim=(len(table) - 0.5, -0.5))
     _legend(fig, axes[0], 2)
     return fig
@@ -257,8 +251,7 @@ def chance_levels(levels: np.ndarray, observed: float) -> Figure:
     fig, axes = _panels(1, 1.9)
     sns.histplot(levels, bins=30, color="0.6", ax=axes[0])
     axes[0].axvline(observed, color="C3", linewidth=2)
-    place = {"xycoords": axes[0].get_xaxis_transform(), "ha": "center"}
-    axes[0].annotate("the grid", (observed, 1.02), color="C3", **place)
+    axes[0].annotate("the grid", (observed, 1.02), xycoords=axes[0].get_xaxis_transform(), ha="center", color="C3")
     axes[0].set(xlabel="oracle's headroom over the best fixed pair (nDCG@10)", ylabel="draws of random twins")
     return fig
 
@@ -296,7 +289,7 @@ def claims_forest(tests: pd.DataFrame) -> Figure:
     return fig
 
 
-def alignment(products: pd.DataFrame, title: str = "") -> Figure:
+def alignment(products: pd.DataFrame, title: str) -> Figure:
     """Dot products of a query's vectors (rows) and a passage's, each less its row's mean; the row's maximum is framed.
 
     MaxSim, in the title, sums the maxima of the products themselves, those above 0.
@@ -317,7 +310,7 @@ def alignment(products: pd.DataFrame, title: str = "") -> Figure:
     # words may hold what matplotlib would read as mathematics
     plt.setp([ax.title, *ax.get_xticklabels(), *ax.get_yticklabels()], parse_math=False)
     ax.set(xlabel="masks of the passage and their predicted words", ylabel="masks of the query")
-    ax.set_title(f"{title}\nMaxSim {values.max(1).clip(min=0).sum():.3f}".strip())
+    ax.set_title(f"{title}\nMaxSim {values.max(1).clip(min=0).sum():.3f}")
     return fig
 
 
@@ -343,19 +336,14 @@ def _latency(ax: Axes, table: pd.DataFrame, x: str, **labels: str) -> None:
     ax.set(ylabel="median ms", **labels)
 
 
-def _decoded(table: pd.DataFrame) -> pd.Series:
-    return table["system"] + (", " + table["decoding"]).where(table["decoding"].fillna("") != "", "")
-
-
 def latency_vectors(table: pd.DataFrame) -> Figure:
     """Encoding latency of queries against their number of vectors; a panel for each size of a batch."""
     cells = table[(table["quantity"] == ENCODING) & (table["side"] == "query")]
-    several = cells.groupby("system")["count"].transform("max") > 1
-    lines = cells[several]
-    single = lines[(lines["system"] == "PromptReps") & (lines["count"] == 1)]
-    lines = pd.concat([lines.drop(single.index), single.assign(decoding=FORCED)])
+    cells = cells[cells.groupby("system")["count"].transform("max") > 1]
+    decoding = cells["decoding"].mask((cells["system"] == "PromptReps") & (cells["count"] == 1), FORCED)
+    cells = cells.assign(label=cells["system"] + (", " + decoding).where(decoding != "", ""))
     fig, axes = _panels(cells["batch"].nunique(), 1.9, sharex=True)
-    for ax, (batch, own) in zip(axes, lines.assign(label=_decoded).groupby("batch")):
+    for ax, (batch, own) in zip(axes, cells.groupby("batch")):
         _latency(ax, own, "count", xlabel="vectors of a query (as answered: at most)")
         ax.set(title=f"queries at once: {batch}", ylabel="median ms of the batch", ylim=(0, None))
         _measured_ticks(ax, own["count"])
@@ -366,9 +354,8 @@ def latency_vectors(table: pd.DataFrame) -> Figure:
 def latency_length(table: pd.DataFrame, search: pd.DataFrame) -> Figure:
     """Latency against the length of a passage (encoding), and against the passages of an index (searching it)."""
     cells = table[(table["quantity"] == ENCODING) & (table["side"] == "passage")]
-    letters = np.where(cells["system"].str.startswith("Prompt"), "N", "K")
-    several = cells["system"].isin(["DiffRetriever", "PromptReps"])
-    counted = cells["system"] + (" " + letters + "=" + cells["count"].astype(str)).where(several, "")
+    letters = cells["system"].map({"DiffRetriever": " K=", "PromptReps": " N="})  # the others have one vector
+    counted = cells["system"] + (letters + cells["count"].astype(str)).fillna("")
     fig, axes = _panels(2, 3.0)
     _latency(axes[0], cells.assign(label=counted), "text_tokens", xlabel="tokens of a passage", title="encoding")
     timed = search.dropna(subset="value").assign(label=lambda d: d["index"])
@@ -403,13 +390,12 @@ def effectiveness_latency(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def training_curves(table: pd.DataFrame, over: str = "development") -> Figure:
+def training_curves(table: pd.DataFrame, over: str) -> Figure:
     """Training loss, and nDCG@10 on the development collection beside its zero-shot level, of every system.
 
-    Columns system, step (0: before training), loss, dev_ndcg, and repetition where a system has several seeds;
-    ``over`` names the development queries.
+    Columns system, repetition (a line each), step (0: before training), loss and dev_ndcg; ``over`` names the
+    development queries.
     """
-    table = table if "repetition" in table else table.assign(repetition=0)
     systems, one = table["system"].unique(), {"units": "repetition", "estimator": None, "linewidth": 1.1}
     fig, axes = _panels(2 * len(systems), 1.0, 2, sharex=True)
     low, high = table["dev_ndcg"].min() - 0.05, table["dev_ndcg"].max() + 0.05

@@ -14,8 +14,6 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -99,9 +97,9 @@ class Results:
         """Write ``tables/name.csv``, ``.md`` and ``.tex`` without the index, and return the table for the notebook.
 
         The CSV has every column and all digits (of ``data``, where that is another table).  What is shown is
-        :func:`readable`, in bold where ``bold`` (bool, in the shape of ``df``) is true; ``floatfmt`` formats
-        floating-point numbers: one format, or one for each column.  The LaTeX needs the packages that its first line
-        names; a table of more than 60 rows has none.
+        :func:`readable`, in bold where ``bold`` (bool, a column for some of ``df``) is true; ``floatfmt`` formats
+        floating-point numbers: one format such as ``.2f``, or one for each column.  The LaTeX needs the packages that
+        its first line names; a table of more than 60 rows has none.
         """
         self.data(df if data is None else data, name)
         shown = readable(df, floatfmt)
@@ -134,20 +132,19 @@ class Results:
     ) -> Table:  # fmt: skip
         """Write a table of systems by collections: the macro average first, the best of each column in bold.
 
-        ``wide`` has the columns training, system, mode, macro and one a collection; ``intervals`` those of
+        ``wide`` has the columns training, system, mode, macro, and then one a collection; ``intervals`` those of
         :func:`~diffret_lib.experiments.comparison.system_intervals`, ``comparisons`` those of ``compare_systems``:
         ``*`` marks several vectors that are better than one (corrected p < 0.05), ``†`` a fine-tuned system that is
         better than zero-shot, in the same mode.
         """
         keys = ["training", "system", "mode"]
-        data = wide[[*keys, "macro", *wide.columns.drop([*keys, "macro"])]]
+        data = wide
+        if intervals is not None:
+            data = wide.merge(intervals[[*keys, "low", "high"]], how="left", on=keys)
+            data = data[[*keys, "macro", "low", "high", *wide.columns[4:]]]
         named = data["system"].where(data["training"] == "zero-shot", data["system"] + ", " + data["training"])
         shown = data.drop(columns=["training", "mode"]).assign(system=named + " (" + data["mode"] + ")")
-        bold = shown.drop(columns="system").apply(lambda column: column == column.max()).assign(system=False)
-        if intervals is not None:
-            ends = data[keys].merge(intervals, how="left", on=keys)
-            for frame, (place, end) in product((shown, data), enumerate(("low", "high"))):
-                frame.insert(frame.columns.get_loc("macro") + 1 + place, end, ends[end].to_numpy())
+        means = shown.drop(columns=["system", "low", "high"], errors="ignore")
         if comparisons is not None:
             clear = comparisons[comparisons["reading"] == "better"]
             better = set(zip(clear["better"], clear["than"], clear["mode"]))
@@ -157,7 +154,7 @@ class Results:
             ]
             shown.insert(shown.columns.get_loc("macro") + 1, "mark", marks)
             caption += " * better than one vector, † better than zero-shot (corrected p < 0.05)."
-        return self.table(shown, name, caption, bold=bold, data=data)
+        return self.table(shown, name, caption, bold=means.eq(means.max()), data=data)
 
     def data(self, df: pd.DataFrame, name: str) -> None:
         """Write ``tables/name.csv`` alone, with all digits: long tables that other notebooks read."""
@@ -226,8 +223,8 @@ def readable(df: pd.DataFrame, floatfmt: str | Mapping = "") -> pd.DataFrame:
     for column in df.select_dtypes("floating"):
         own = value.get(column, column)
         given = floatfmt.get(own) if isinstance(floatfmt, Mapping) else floatfmt
-        text = p_value if re.match(r"p(_|$)", column) else partial(_number, given or _digits(df[own]))
-        text = _queries if column == "needed_queries" else text
+        number = f"{{:z{given or _digits(df[own])}}}".format  # z: what rounds to zero has no sign
+        text = p_value if re.match(r"p(_|$)", column) else _queries if column == "needed_queries" else number
         shown[column] = shown[column].map(text, na_action="ignore")
     shown = shown.where(df.notna(), "").map(_cell)
     clear = next((df[p] < ALPHA for p in ("p_corrected", "p") if p in df), pd.Series(False, df.index))
@@ -242,9 +239,8 @@ def readable(df: pd.DataFrame, floatfmt: str | Mapping = "") -> pd.DataFrame:
         else:
             shown[low] = ends
     empty = shown.columns[(shown == "").all()] if len(shown) else []
-    return (
-        shown.drop(columns=empty).rename(columns={"low_all": "interval over collections too"}).rename(columns=_header)
-    )
+    shown = shown.drop(columns=empty).rename(columns={"low_all": "interval over collections too"})
+    return shown.rename(columns=_header)
 
 
 def paper_against_ours(tests: pd.DataFrame) -> pd.DataFrame:
@@ -268,12 +264,6 @@ def paper_against_ours(tests: pd.DataFrame) -> pd.DataFrame:
 def p_value(p: float) -> str:
     """A p-value: "< .001", else three digits without the zero before the point."""
     return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
-
-
-def _number(digits: str, value: float) -> str:
-    """A number with these digits; one that rounds to zero has no sign."""
-    text = f"{value:{digits}}"
-    return text if re.search("[1-9]|[a-z]", text) else text.removeprefix("-")
 
 
 def _queries(number: float) -> str:
