@@ -25,7 +25,7 @@ ENCODING = [
     ("diffret_lib.retrieval.systems", "encode_shard"), ("diffret_lib.models.readers", "MaskedPositions"),
     ("diffret_lib.models.backbones", "load_backbone"),
 ]  # fmt: skip
-RANKING = [("diffret_lib.experiments.study", "ranking")]
+RANKING = [("diffret_lib.experiments.study", name) for name in ("ranking", "grid_values")]
 
 
 @pytest.fixture
@@ -45,16 +45,15 @@ def addresses(package: Path) -> list[str]:
     return [tree.fingerprint(ENCODING), tree.fingerprint(RANKING), tree.everything()]
 
 
-@pytest.mark.parametrize(
-    ("module", "old", "new", "encoding", "ranking"),
-    [
-        ("models/readers.py", "torch.log1p(", "torch.log(", True, False),
-        ("models/prompts.py", "Use {amount}", "Use just {amount}", True, False),
-        ("models/shared_text.py", "{0, block, *seen}", "{0, *seen}", True, False),
-        ("retrieval/search.py", "1e-9", "1e-8", False, True),
-        ("cache.py", "SMALL_FILE = 1 << 20", "SMALL_FILE = 1 << 21", False, False),  # plumbing
-    ],
-)
+@pytest.mark.parametrize(("module", "old", "new", "encoding", "ranking"), [
+    ("models/readers.py", "torch.log1p(", "torch.log(", True, False),
+    ("models/prompts.py", "Use {amount}", "Use just {amount}", True, False),
+    ("models/shared_text.py", "{0, block, *seen}", "{0, *seen}", True, False),
+    ("retrieval/search.py", "1e-9", "1e-8", False, True),
+    ("retrieval/search.py", "np.nextafter(scores[:, j - 1]", "np.nextafter(scores[:, 0]", False, True),
+    ("retrieval/metrics.py", "max(0, int(grade))", "int(grade)", False, True),
+    ("cache.py", "SMALL_FILE = 1 << 20", "SMALL_FILE = 1 << 21", False, False),  # plumbing
+])  # fmt: skip
 def test_an_edit_gives_another_address_to_what_it_computes_alone(package, module, old, new, encoding, ranking):
     before = addresses(package)
     edit(package / module, old, new)
@@ -67,6 +66,7 @@ def test_an_edit_gives_another_address_to_what_it_computes_alone(package, module
 )
 def test_comments_and_docstrings_give_no_other_address(package, module):
     before = addresses(package)
+    assert before == addresses(PACKAGE)
     path = package / module
     text = path.read_text(encoding="utf-8")
     commented = re.sub(r"^(def |class )", r"# a comment\n\1", text, flags=re.MULTILINE)
@@ -122,19 +122,16 @@ def use():
 """
 
 
-@pytest.mark.parametrize(
-    ("module", "old", "new", "reader", "use"),
-    [
-        ("a", "k = 1", "k = 2", True, False),  # a base class
-        ("a", "helper(c", "-helper(c", True, False),
-        ("b", "return x", "return x + 1", True, False),  # a function of a function
-        ("b", "@functools.cache\n", "", True, False),  # a decorator
-        ("b", "return 2", "return 3", False, False),  # not used
-        ("c", "SIZE = 3", "SIZE = 4", True, True),  # a constant, through its module; the other is under an `if` of it
-        ("c", "= 1\nif", "= 2\nif", False, True),  # an item that is put into a constant
-        ("c", "        return 1", "        return 2", False, True),  # a function under an `if`
-    ],
-)
+@pytest.mark.parametrize(("module", "old", "new", "reader", "use"), [
+    ("a", "k = 1", "k = 2", True, False),  # a base class
+    ("a", "helper(c", "-helper(c", True, False),
+    ("b", "return x", "return x + 1", True, False),  # a function of a function
+    ("b", "@functools.cache\n", "", True, False),  # a decorator
+    ("b", "return 2", "return 3", False, False),  # not used
+    ("c", "SIZE = 3", "SIZE = 4", True, True),  # a constant, through its module; the other is under an `if` of it
+    ("c", "= 1\nif", "= 2\nif", False, True),  # an item that is put into a constant
+    ("c", "        return 1", "        return 2", False, True),  # a function under an `if`
+])  # fmt: skip
 def test_names_are_followed_through_modules(tmp_path, module, old, new, reader, use):
     texts = {"a": A, "b": B, "c": C}
     before = sources(tmp_path, **texts)

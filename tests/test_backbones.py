@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import shutil
 import subprocess
 import sys
@@ -20,17 +19,7 @@ from safetensors.torch import load_file, save_file
 from diffret_lib.addresses import address
 from diffret_lib.cache import cache_dir
 from diffret_lib.models import backbones, gguf
-from diffret_lib.models.backbones import (
-    Backbone,
-    BackboneError,
-    adapter_path,
-    adapter_sha,
-    compiled,
-    get_backbone,
-    load_backbone,
-    read_registry,
-    with_adapter,
-)  # fmt: skip
+from diffret_lib.models.backbones import Backbone, BackboneError, adapter_sha, get_backbone, load_backbone, with_adapter
 from diffret_lib.retrieval.systems import DiffRetriever
 from tests.tiny import tiny_backbone, tiny_folder, tiny_model, tiny_spec, tiny_tokenizer
 
@@ -40,14 +29,8 @@ MEMBER = "package/model.gguf"
 CONTENT = b"GGUF: not really"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture(autouse=True)
-def _cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
+def _alone(own_cache, monkeypatch):
     monkeypatch.delenv("DIFFRET_GGUF", raising=False)
     monkeypatch.setattr(backbones, "fast_dtype", lambda device: "float32")
 
@@ -63,7 +46,7 @@ def test_registry_holds_the_embedded_pair():
         assert (diffusion.family, diffusion.mask_token, diffusion.prediction_shift) == ("diffusion", "<file_sep>", True)
     assert parent.family == "autoregressive" and not parent.prediction_shift
     assert parent.source.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-    assert adapter_path("smollm2-135m-diffusion").parts[-2:] == ("adapters", "smollm2-135m-diffusion")
+    assert backbones.adapter_path("smollm2-135m-diffusion").parts[-2:] == ("adapters", "smollm2-135m-diffusion")
     with pytest.raises(ValidationError):
         parent.name = "other"
     for unknown in ("gpt", 5, ["smollm2-135m-instruct"]):
@@ -71,30 +54,30 @@ def test_registry_holds_the_embedded_pair():
             load_backbone(unknown)
 
 
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ("{family: diffuse, source: {hub: a/b}}", "family"),
-        ("{family: autoregressive}", "source"),
-        ("{family: autoregressive, source: {url: a}}", "url"),
-        ("{family: autoregressive, source: {hub: a/b, path: c}}", "a source is {wheel, member, sha256}"),
-        ("{family: autoregressive, source: {parent: a}}", "a source is {wheel, member, sha256}"),
-        ("{family: autoregressive, source: {hub: a/b}, colour: red}", "colour"),
-        ("{family: autoregressive, source: {wheel: a==1, member: b, sha256: zz}}", "sha256"),
-        ("{family: diffusion, source: {hub: a/b}}", "needs a mask_token"),
-        ("{family: autoregressive, source: {hub: a/b}, prediction_shift: true}", "neither"),
-        ("{family: diffusion, mask_token: m, source: {parent: nobody, adapter: a}}", "no parent 'nobody'"),
-        ("{family: diffusion, mask_token: m, source: {parent: mine, adapter: a}}", "no parent 'mine'"),
-        ("{family: autoregressive, source: {parent: two, adapter: a}}", "two, stays a diffusion one"),
-        ("[1]", "dict"),
-    ],
-)
+@pytest.mark.parametrize(("entry", "message"), [
+    ("{family: diffuse, source: {hub: a/b}}", "family"),
+    ("{family: autoregressive}", "source"),
+    ("{family: autoregressive, source: {url: a}}", "url"),
+    ("{family: autoregressive, source: {hub: a/b, path: c}}", "a source is {wheel, member, sha256}"),
+    ("{family: autoregressive, source: {parent: a}}", "a source is {wheel, member, sha256}"),
+    ("{family: autoregressive, source: {hub: a/b}, colour: red}", "colour"),
+    ("&x {family: autoregressive, source: {hub: a/b}}\nmine: *x", "'mine' is given twice"),
+    ("{family: autoregressive, source: {wheel: a==1, member: b, sha256: zz}}", "sha256"),
+    ("{family: diffusion, source: {hub: a/b}}", "needs a mask_token"),
+    ("{family: autoregressive, source: {hub: a/b}, prediction_shift: true}", "neither"),
+    ("{family: diffusion, mask_token: m, source: {parent: nobody, adapter: a}}", "no parent 'nobody'"),
+    ("{family: diffusion, mask_token: m, source: {parent: mine, adapter: a}}", "no parent 'mine'"),
+    ("{family: autoregressive, source: {parent: two, adapter: a}}", "two, stays a diffusion one"),
+    ("[1]", "dict"),
+    ("\xe9", "not readable"),
+])  # fmt: skip
 def test_registry_errors_name_file_backbone_and_field(tmp_path, entry, message):
     path = tmp_path / "own.yaml"
-    path.write_text(f"mine: {entry}\ntwo: {{family: diffusion, mask_token: m, source: {{hub: a/b}}}}\n")
+    content = f"mine: {entry}\ntwo: {{family: diffusion, mask_token: m, source: {{hub: a/b}}}}\n"
+    path.write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=message) as error:
-        read_registry(path)
-    assert "own.yaml" in str(error.value) and "mine" in str(error.value)
+        backbones.read_registry(path)
+    assert "own.yaml" in str(error.value) and (message == "not readable" or "mine" in str(error.value))
 
 
 # -- loading
@@ -109,6 +92,8 @@ def test_load_from_a_folder(folder):
     assert diffusion.tokenizer.convert_ids_to_tokens(diffusion.mask_id) == "<file_sep>"
     with pytest.raises(ValueError, match="no mask token '<nowhere>'"):
         load_backbone(tiny_spec(folder).model_copy(update={"mask_token": "<nowhere>"}))
+    with pytest.raises(BackboneError, match=r"has no config\.json"):
+        load_backbone(tiny_spec(folder / "nowhere"))
 
 
 @pytest.mark.parametrize("mask", [None, [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
@@ -149,6 +134,8 @@ def test_a_loaded_backbone_stays_as_it_is(folder):
     for other in ({"dtype": "bfloat16"}, {"adapter": folder}, {"device": "cpu"}):
         with pytest.raises(ValueError, match=r"tiny-diffusion is loaded already, in torch\.float32"):
             load_backbone(loaded, **other)
+    with pytest.raises(ValueError, match="a loaded backbone and a folder are needed, not 5"):
+        with_adapter(5, folder)
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.4, "bfloat16"), (0.6, "float32")])
@@ -169,11 +156,6 @@ def test_the_fast_dtype_is_measured_once(monkeypatch, seconds, expected):
     assert len(products) == 12  # the second process finds it in the cache
     assert FAST_DTYPE("cuda") == "bfloat16" and FAST_DTYPE("mps") == "float32"
     FAST_DTYPE.cache_clear()
-
-
-def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(BackboneError, match=r"has no config\.json"):
-        load_backbone(Backbone(name="x", family="autoregressive", source={"path": tmp_path}))
 
 
 # -- adapters
@@ -214,13 +196,17 @@ def test_adapter_is_merged(folder, adapter):
     assert bare.fingerprint != loaded.fingerprint and bare.weights != loaded.weights
     further = with_adapter(bare, path)
     assert torch.equal(further.model(ids, use_cache=False).logits, found) and further.weights == loaded.weights
-    assert not torch.equal(bare.model(ids).logits, found)
+    # the embeddings stay tied, and differ at the mask alone
+    embedding, before = (backbone.model.get_input_embeddings().weight for backbone in (loaded, bare))
+    assert loaded.model.get_output_embeddings().weight is embedding
+    assert (embedding != before).any(1).nonzero().ravel().tolist() == [loaded.mask_id]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with a C++ compiler")
 def test_compiled_layers_give_the_same_vectors(folder):
     bare = load_backbone(tiny_spec(folder))
-    faster, texts = compiled(bare), ["a heap", "a sorted copy of an array along the given axis", "eigenvalues"]
+    texts = ["a heap", "a sorted copy of an array along the given axis", "eigenvalues"]
+    faster = backbones.compiled(bare)
     assert (faster.weights, faster.spec) == (bare.weights, bare.spec) and faster.fingerprint != bare.fingerprint
     for batch_tokens in (1, 4096):  # alone, and together with padding
         systems = [DiffRetriever(loaded, k_passage=2, batch_tokens=batch_tokens) for loaded in (bare, faster)]
@@ -228,15 +214,6 @@ def test_compiled_layers_give_the_same_vectors(folder):
         torch.testing.assert_close(torch.from_numpy(found.dense), torch.from_numpy(eager.dense), atol=1e-5, rtol=0)
     layers = [loaded.model.get_decoder().layers[0] for loaded in (bare, faster)]
     assert [layer._compiled_call_impl is not None for layer in layers] == [False, True]
-
-
-def test_merged_embeddings_stay_tied_and_differ_at_the_mask_only(folder, adapter):
-    loaded = load_backbone(tiny_spec(folder), adapter=adapter[0])
-    bare = load_backbone(tiny_spec(folder))
-    embedding = loaded.model.get_input_embeddings().weight
-    assert loaded.model.get_output_embeddings().weight is embedding
-    changed = (embedding != bare.model.get_input_embeddings().weight).any(1).nonzero().ravel().tolist()
-    assert changed == [loaded.mask_id]
 
 
 def test_adapters_of_parents_are_merged_in_order(folder, adapter, tmp_path, monkeypatch):
@@ -301,11 +278,9 @@ def test_an_adapter_is_merged_into_its_base_only(folder, adapter, tmp_path, capl
         f"the base of the adapter {adapter[0]} is unknown; its tensors fit tiny-diffusion"
     ]
     for wrong in (other, merged):
-        with pytest.raises(
-            BackboneError, match=f"on tiny-diffusion .*{base.weights[:12]}.* is tiny-diffusion"
-        ) as error:
+        shas = f"{base.weights[:12]}.* is tiny-diffusion .*{wrong.weights[:12]}"
+        with pytest.raises(BackboneError, match=f"on tiny-diffusion .*{shas}"):
             with_adapter(wrong, named)
-        assert wrong.weights[:12] in str(error.value)
     one_way = changed(adapter[0], tmp_path / "one", base=base.weights, base_name="tiny", attention="bidirectional")
     with_adapter(base, one_way)
     with pytest.raises(BackboneError, match=r"attention bidirectional\), and this is tiny-autoregressive .*causal"):
@@ -314,10 +289,7 @@ def test_an_adapter_is_merged_into_its_base_only(folder, adapter, tmp_path, capl
 
 FAULTS = {
     "missing": (lambda t: t.pop(max(t)), r"1 tensors are missing.*layers\.1"),
-    "unexpected": (
-        lambda t: t.update({max(t).replace("layers.1", "layers.7"): t[max(t)].clone()}),
-        r"1 tensors.*layers\.7",
-    ),
+    "unexpected": (lambda t: t.update({max(t).replace("layers.1", "layers.7"): t[max(t)].clone()}), r"1 tens.*s\.7"),
     "not finite": (lambda t: t[max(t)].view(-1)[3:4].fill_(float("nan")), r"1 tensors are .*not finite.*layers\.1"),
     "another shape": (lambda t: t.update({max(t): t[max(t)][:1].clone()}), "size mismatch"),
     "cut": (lambda t: None, "the adapter .*bad does not fit"),
@@ -364,15 +336,14 @@ def make_wheel(folder: Path, content: bytes = CONTENT, member: str = MEMBER) -> 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "package-1.0-py3-none-any.whl"
     info = "package-1.0.dist-info"
+    files = {
+        member: content, f"{info}/RECORD": "",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: package\nVersion: 1.0\nRequires-Dist: nowhere\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }  # fmt: skip
     with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(member, content)
-        wheel.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: package\nVersion: 1.0\nRequires-Dist: nowhere\n"
-        )
-        wheel.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        wheel.writestr(f"{info}/RECORD", "")
+        for name, text in files.items():
+            wheel.writestr(name, text)
     return path
 
 
@@ -475,9 +446,8 @@ def test_embedded_model_is_what_it_should_be(monkeypatch):
     with torch.no_grad():
         answer = loaded.tokenizer.decode(loaded.model(ids).logits[0, -1].argmax())
     assert answer == " Paris"
-    assert loaded.tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False).endswith(
-        "<|im_start|>user\nx<|im_end|>\n"
-    )
+    said = loaded.tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    assert said.endswith("<|im_start|>user\nx<|im_end|>\n")
 
 
 @pytest.mark.slow
@@ -488,39 +458,10 @@ def test_shipped_adapters_name_their_bases(monkeypatch, caplog):
         load_backbone("smollm2-135m-diffusion", device="cpu")
     assert not [r for r in caplog.records if "unknown" in r.message]
     with pytest.raises(BackboneError, match="bidirectional"):
-        load_backbone("smollm2-135m-instruct", device="cpu", adapter=adapter_path("smollm2-135m-diffusion"))
+        load_backbone("smollm2-135m-instruct", device="cpu", adapter=backbones.adapter_path("smollm2-135m-diffusion"))
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", 5.5, "no such"])
 def test_a_device_that_is_not_here(folder, device):
     with pytest.raises(ValueError, match="device must be cpu.* here, not "):
         load_backbone(tiny_spec(folder), device=device)
-
-
-def test_a_plain_checkpoint_with_a_missing_tensor(folder, tmp_path):
-    """transformers would put random numbers there, and only warn."""
-    shutil.copytree(folder, tmp_path / "bad")
-    tensors = load_file(tmp_path / "bad" / "model.safetensors")
-    name = next(name for name in sorted(tensors) if "mlp" in name)
-    del tensors[name]
-    save_file(tensors, tmp_path / "bad" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BackboneError, match=f"does not fit its config.json: {re.escape(name)} is missing"):
-        load_backbone(tiny_spec(tmp_path / "bad"))
-
-
-def test_an_adapter_is_put_on_what_is_loaded(folder):
-    with pytest.raises(ValueError, match="a loaded backbone and a folder are needed, not 5"):
-        with_adapter(5, folder)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"a: &x {family: autoregressive, source: {hub: a/b}}\na: *x\n", "'a' is given twice"),
-        (b"\xe9: 1", "not readable"),
-    ],
-)
-def test_a_registry_that_says_a_name_twice_or_is_no_utf8(tmp_path, content, message):
-    (tmp_path / "r.yaml").write_bytes(content)
-    with pytest.raises(ValueError, match=f"r.yaml.*{message}"):
-        read_registry(tmp_path / "r.yaml")

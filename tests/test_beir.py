@@ -32,12 +32,10 @@ QRELS = ["query-id\tcorpus-id\tscore", "q1\td1\t2", "q1\td2\t0", "q3\td2\t0"]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("DIFFRET_CACHE", str(folder))
+def cache(own_cache, monkeypatch) -> Path:
     monkeypatch.delenv("DIFFRET_DATA", raising=False)
     monkeypatch.setattr(beir, "_said", set())
-    return folder
+    return own_cache
 
 
 def write(folder: Path, corpus=CORPUS, queries=QUERIES, qrels=QRELS, end="\n", start=b"", gz="") -> Path:
@@ -201,24 +199,21 @@ def test_each_leniency_is_counted_and_said_once(tmp_path: Path, caplog) -> None:
 # -- what is refused
 
 
-@pytest.mark.parametrize(
-    ("corpus", "message"),
-    [
-        ([CORPUS[0], "", '{"_id": "d2", '], r"corpus\.jsonl:3: malformed JSON"),
-        ([CORPUS[0], '["d2"]'], r"corpus\.jsonl:2: a JSON object is needed, got list"),
-        ([CORPUS[0], '{"id": "d2", "text": "x"}'], r'corpus\.jsonl:2: the key "_id" is missing'),
-        ([CORPUS[0], '{"_id": "d2", "title": "x"}'], r'corpus\.jsonl:2: the key "text" is missing'),
-        ([CORPUS[0], '{"_id": "", "text": "x"}'], r'corpus\.jsonl:2: "_id" must be a string'),
-        ([CORPUS[0], '{"_id": true, "text": "x"}'], r'corpus\.jsonl:2: "_id" must be a string.*got True'),
-        ([CORPUS[0], '{"_id": "d 2", "text": "x"}'], r"corpus\.jsonl:2: .* holds no white space, got 'd 2'"),
-        ([CORPUS[0], '{"_id": "d2\u3000", "text": "x"}'], r"corpus\.jsonl:2: .* holds no white space"),
-        ([CORPUS[0], '{"_id": "\\ufeffd2", "text": "x"}'], r"corpus\.jsonl:2: .* holds no white space"),
-        (['{"_id": "d2", "text": 7}'], r'corpus\.jsonl:1: "text" must be a string, got int'),
-        ([CORPUS[0], '{"_id": "d2", "text": "\\ud800"}'], r"corpus\.jsonl:2: .*surrogates not allowed"),
-        ([*CORPUS, CORPUS[0]], r"corpus\.jsonl:3: duplicate id 'd1', first on line 1"),
-        ([""], r"corpus\.jsonl: there is no record in it"),
-    ],
-)
+@pytest.mark.parametrize(("corpus", "message"), [
+    ([CORPUS[0], "", '{"_id": "d2", '], r"corpus\.jsonl:3: malformed JSON"),
+    ([CORPUS[0], '["d2"]'], r"corpus\.jsonl:2: a JSON object is needed, got list"),
+    ([CORPUS[0], '{"id": "d2", "text": "x"}'], r'corpus\.jsonl:2: the key "_id" is missing'),
+    ([CORPUS[0], '{"_id": "d2", "title": "x"}'], r'corpus\.jsonl:2: the key "text" is missing'),
+    ([CORPUS[0], '{"_id": "", "text": "x"}'], r'corpus\.jsonl:2: "_id" must be a string'),
+    ([CORPUS[0], '{"_id": true, "text": "x"}'], r'corpus\.jsonl:2: "_id" must be a string.*got True'),
+    ([CORPUS[0], '{"_id": "d 2", "text": "x"}'], r"corpus\.jsonl:2: .* holds no white space, got 'd 2'"),
+    ([CORPUS[0], '{"_id": "d2\u3000", "text": "x"}'], r"corpus\.jsonl:2: .* holds no white space"),
+    ([CORPUS[0], '{"_id": "\\ufeffd2", "text": "x"}'], r"corpus\.jsonl:2: .* holds no white space"),
+    (['{"_id": "d2", "text": 7}'], r'corpus\.jsonl:1: "text" must be a string, got int'),
+    ([CORPUS[0], '{"_id": "d2", "text": "\\ud800"}'], r"corpus\.jsonl:2: .*surrogates not allowed"),
+    ([*CORPUS, CORPUS[0]], r"corpus\.jsonl:3: duplicate id 'd1', first on line 1"),
+    ([""], r"corpus\.jsonl: there is no record in it"),
+])  # fmt: skip
 def test_bad_corpus(tmp_path: Path, cache: Path, capfd, corpus: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_beir(write(tmp_path, corpus=corpus))
@@ -233,20 +228,17 @@ def test_bad_queries(tmp_path: Path) -> None:
         load_beir(write(tmp_path, queries=['{"_id": "q1", "title": "a title", "text": " "}']))
 
 
-@pytest.mark.parametrize(
-    ("qrels", "message"),
-    [
-        (QRELS[1:], r"qrels/test\.tsv:1: the header must be query-id, corpus-id, score"),
-        ([], r"qrels/test\.tsv:1: the header must be .*, got ''"),
-        ([*QRELS, "q1 d1 1"], r"qrels/test\.tsv:5: 3 columns"),
-        ([QRELS[0], "q1\td1\t1\tx"], r"qrels/test\.tsv:2: 3 columns"),
-        ([*QRELS, "", "q1\t\t1"], r"qrels/test\.tsv:6: an id must be a string that is not empty"),
-        ([*QRELS, "q2\td1\t1.5"], r"qrels/test\.tsv:5: the relevance must be an integer .*, got '1\.5'"),
-        ([*QRELS, "q2\td1\t" + "9" * 30], r"qrels/test\.tsv:5: the relevance must be an integer of at most 9 digits"),
-        ([*QRELS, "q1\td1\t1"], r"qrels/test\.tsv:5: query 'q1' and passage 'd1' are judged twice, 2 and 1"),
-        (QRELS[:1], r"qrels/test\.tsv: no query has a judgement above 0"),
-    ],
-)
+@pytest.mark.parametrize(("qrels", "message"), [
+    (QRELS[1:], r"qrels/test\.tsv:1: the header must be query-id, corpus-id, score"),
+    ([], r"qrels/test\.tsv:1: the header must be .*, got ''"),
+    ([*QRELS, "q1 d1 1"], r"qrels/test\.tsv:5: 3 columns"),
+    ([QRELS[0], "q1\td1\t1\tx"], r"qrels/test\.tsv:2: 3 columns"),
+    ([*QRELS, "", "q1\t\t1"], r"qrels/test\.tsv:6: an id must be a string that is not empty"),
+    ([*QRELS, "q2\td1\t1.5"], r"qrels/test\.tsv:5: the relevance must be an integer .*, got '1\.5'"),
+    ([*QRELS, "q2\td1\t" + "9" * 30], r"qrels/test\.tsv:5: the relevance must be an integer of at most 9 digits"),
+    ([*QRELS, "q1\td1\t1"], r"qrels/test\.tsv:5: query 'q1' and passage 'd1' are judged twice, 2 and 1"),
+    (QRELS[:1], r"qrels/test\.tsv: no query has a judgement above 0"),
+])  # fmt: skip
 def test_bad_judgements(tmp_path: Path, qrels: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_beir(write(tmp_path, qrels=qrels))
@@ -473,17 +465,14 @@ def test_training_rows_of_a_file_and_of_the_hub(tmp_path: Path, hub: Path, cache
     assert load_training_rows()["query_id"][:] == ["3"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"query_id": "1"}, "duplicate id '1', first on line 1"),
-        ({"query": " "}, "empty text for id '2'"),
-        ({"positive_passages": []}, "query '2' has no positive passage"),
-        ({"negative_passages": "none"}, '"negative_passages" must be a list, got str'),
-        ({"negative_passages": ["text"]}, "malformed JSON"),
-        ({"positive_passages": [{"title": "x"}]}, 'the key "text" is missing'),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"query_id": "1"}, "duplicate id '1', first on line 1"),
+    ({"query": " "}, "empty text for id '2'"),
+    ({"positive_passages": []}, "query '2' has no positive passage"),
+    ({"negative_passages": "none"}, '"negative_passages" must be a list, got str'),
+    ({"negative_passages": ["text"]}, "malformed JSON"),
+    ({"positive_passages": [{"title": "x"}]}, 'the key "text" is missing'),
+])  # fmt: skip
 def test_bad_training_rows(tmp_path: Path, change: dict, message: str) -> None:
     (tmp_path / "rows.jsonl").write_text(f"{training_line('1')}\n\n{training_line('2', **change)}\n")
     with pytest.raises(ValueError, match=rf"rows\.jsonl:3: {message}"):

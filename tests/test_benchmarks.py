@@ -1,51 +1,25 @@
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from benchmarks import bfloat16, encode, scale
 from diffret_lib.data.collection import Collection
 from diffret_lib.experiments import departures
 from diffret_lib.retrieval.systems import DiffRetriever
-from tests.test_study import world  # noqa: F401  (a fixture)
-from tests.tiny import SENTENCES, tiny_backbone
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+from tests.tiny import SENTENCES
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def encode():
-    return load("encode")
-
-
-@pytest.fixture(scope="module")
-def scale():
-    return load("scale")
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return tiny_backbone(tmp_path_factory.mktemp("tiny"), "diffusion")
-
-
-def test_tables(encode, backbone, tmp_path, monkeypatch, capsys):
+def test_tables(diffusion, tmp_path, monkeypatch, capsys):
     texts = [*SENTENCES, SENTENCES[0]]
     ids = [f"d{i}" for i in range(len(texts))]
     collection = Collection.from_texts("tiny", ids, texts, ["q0"], ["heap"], {"q0": {"d3": 1}})
     monkeypatch.setattr(encode, "load_collection", lambda name: collection)
-    monkeypatch.setattr(encode, "load_backbone", lambda name, dtype: backbone)
+    monkeypatch.setattr(encode, "load_backbone", lambda name, dtype: diffusion)
     monkeypatch.setattr(encode, "compiled", lambda loaded: loaded)  # tested by itself
     command = ["--passages", "5", "--rounds", "2", "--k", "4", "1", "2", "--dtypes", "float32"]
     assert encode.main([*command, "--output", str(tmp_path / "new")]) == 0
@@ -66,7 +40,7 @@ def test_tables(encode, backbone, tmp_path, monkeypatch, capsys):
     assert "float32" in capsys.readouterr().out
 
 
-def test_ratios_are_taken_within_a_round(encode):
+def test_ratios_are_taken_within_a_round():
     times = {}
     for dtype, by in (("float32", 1.0), ("bfloat16", 0.25)):
         for system, k, seconds in (
@@ -91,10 +65,10 @@ def test_ratios_are_taken_within_a_round(encode):
     ]  # fmt: skip
 
 
-def test_matrix_products_of_an_encoding(encode, backbone):
-    k = 3
-    retriever = DiffRetriever(backbone, k_passage=k, batch_tokens=300)
-    operations, replay = encode.matrix_products(backbone.model, partial(retriever.encode_passages, SENTENCES, progress=False))
+def test_matrix_products_of_an_encoding(diffusion):
+    k, model = 3, diffusion.model
+    retriever = DiffRetriever(diffusion, k_passage=k, batch_tokens=300)
+    operations, replay = encode.matrix_products(model, partial(retriever.encode_passages, SENTENCES, progress=False))
     shapes = []  # padded batches, longest text first
     rows = sorted((len(retriever.reader.preprocess([t])["input_ids"][0]) for t in SENTENCES), reverse=True)
     while rows:
@@ -103,24 +77,24 @@ def test_matrix_products_of_an_encoding(encode, backbone):
     tokens = sum(n * width for n, width in shapes)
     assert len(shapes) > 1
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64  # q, k and v of 2 of 4 heads, o, gate, up and down
-    head = 32 * backbone.model.config.vocab_size
+    head = 32 * model.config.vocab_size
     assert operations == 2 * (2 * layer * tokens + head * k * len(SENTENCES))
     replay()
-    assert not any(m._forward_pre_hooks for m in backbone.model.modules())
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_other_vectors_are_an_error(encode, backbone, monkeypatch):
+def test_other_vectors_are_an_error(diffusion, monkeypatch):
     monkeypatch.setattr(encode, "compiled", lambda loaded: loaded)
     right = encode.encode_plainly
     monkeypatch.setattr(encode, "encode_plainly", lambda retriever, texts, size: right(retriever, texts[::-1], size))
     with pytest.raises(ValueError, match="plain way gives (other|another number of) vectors"):
-        encode.benchmark([backbone], SENTENCES, [1], 1)
+        encode.benchmark([diffusion], SENTENCES, [1], 1)
 
 
 # -- scale.py
 
 
-def test_tables_of_search(scale, tmp_path, monkeypatch, capsys):
+def test_tables_of_search(tmp_path, monkeypatch, capsys):
     settings = {"SIDE": 64, "FEW": 2, "PROBES": (1, 64), "CANDIDATES": (100, 600), "CLUSTER": 50}
     settings["PLANS"] = (("mean", "Flat"), ("vectors", "IVF{},SQ8"))
     for name, value in settings.items():
@@ -150,16 +124,14 @@ def test_tables_of_search(scale, tmp_path, monkeypatch, capsys):
     assert (found["float32"].reconstruct(range(600)).dense == again).all()
 
 
-def test_quality_by_hand(scale):
+def test_quality_by_hand():
     exact = np.zeros((2, 4)), np.array([[3, 1, 2, 0], [5, 6, 7, 8]])
     found = np.zeros((2, 4)), np.array([[1, 3, 9, -1], [8, 7, 6, 5]])
     scores = scale.quality(found, exact, np.array([3, 4]))
     assert scores == pytest.approx({"recall@100": (0.5 + 1) / 2, "ndcg@10": (1 / np.log2(3) + 0) / 2})
 
 
-def test_bfloat16_beside_float32(world, tmp_path, monkeypatch, capsys):  # noqa: F811
-    s, _ = world
-    bfloat16 = load("bfloat16")
+def test_bfloat16_beside_float32(s, tmp_path, monkeypatch, capsys):
     asked, table_of = [], bfloat16.dtype_table
     monkeypatch.setattr(bfloat16, "load_profile", lambda name: s.profile)
     monkeypatch.setattr(bfloat16, "dtype_table", lambda study: asked.append(study) or table_of(study))

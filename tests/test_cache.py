@@ -12,30 +12,16 @@ from types import SimpleNamespace
 import pytest
 
 from diffret_lib import cache
-from diffret_lib.cache import (
-    StorageError,
-    atomic_path,
-    cache_dir,
-    explained,
-    fetch,
-    file_sha256,
-    is_sealed,
-    remember,
-    seal,
-    sweep,
-    work_folder,
-    write_text,
-)  # fmt: skip
+from diffret_lib.cache import StorageError, atomic_path, cache_dir, fetch, file_sha256, is_sealed, remember, seal, sweep
 from diffret_lib.config import CHECKOUT
 
 BIG = b"0123456789abcdef" * (1 << 16) + b"!"  # more than a small file
 
 
 @pytest.fixture(autouse=True)
-def store(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
+def store(own_cache, monkeypatch) -> Path:
     monkeypatch.setattr(cache, "_verified", set())
-    return tmp_path / "cache"
+    return own_cache
 
 
 def fill(folder: Path) -> None:
@@ -99,7 +85,7 @@ def test_large_files_are_verified_once_a_process_and_small_ones_every_time(monke
 
 
 def test_work_is_kept_until_the_entry_is_made():
-    work = work_folder("things", "key")
+    work = cache.work_folder("things", "key")
     work.mkdir(parents=True)
     with pytest.raises(ZeroDivisionError):
         fetch("things", "key", lambda folder: 1 / 0)
@@ -196,7 +182,7 @@ def test_what_a_killed_process_leaves_is_swept(store, tmp_path):
 
     assert at_once(killed, killed_between) == [-9, -9]
     for key in ("made", "not made"):
-        work_folder("things", key).mkdir(parents=True)
+        cache.work_folder("things", key).mkdir(parents=True)
     (store / "things" / "made").mkdir()
     seal(store / "things" / "made")  # killed before the work was removed
     elsewhere = tmp_path / f".x.{2**22 + 1}-0000abcd.tmp"  # of another machine, on a folder that both see
@@ -252,7 +238,7 @@ def test_a_cache_that_cannot_be_is_one_line(name, tmp_path, monkeypatch):
     if name == "of another user":
         (tmp_path / name).mkdir(mode=0o555)
         user = os.geteuid() == 0
-    for call in (lambda: fetch("things", "key", fill), lambda: write_text(cache_dir() / "things" / "f.txt", "x")):
+    for call in (lambda: fetch("things", "key", fill), lambda: cache.write_text(cache_dir() / "things" / "f.txt", "x")):
         if user:
             os.seteuid(65534)
         try:
@@ -265,7 +251,7 @@ def test_a_cache_that_cannot_be_is_one_line(name, tmp_path, monkeypatch):
         assert said.startswith(f"{tmp_path / name}/things/") and "\n" not in said and "disk is full" not in said
         assert ("is a file, and a folder is needed; remove" if "file" in name else "cannot be written (") in said
     sweep(cache_dir())
-    with pytest.raises(StorageError), explained(cache_dir()):  # as make begins
+    with pytest.raises(StorageError), cache.explained(cache_dir()):  # as make begins
         if user:
             raise StorageError
         cache_dir().mkdir(parents=True, exist_ok=True)
@@ -280,6 +266,6 @@ def test_a_cache_of_any_name(name, tmp_path, monkeypatch):
 
 
 def test_text_is_written_as_it_is(tmp_path):
-    write_text(tmp_path / "deep" / "t.txt", "é\r\nb\n")
+    cache.write_text(tmp_path / "deep" / "t.txt", "é\r\nb\n")
     assert (tmp_path / "deep" / "t.txt").read_bytes() == "é\r\nb\n".encode()
     assert not is_sealed(tmp_path / "deep") and not is_sealed(tmp_path / "none")

@@ -15,25 +15,12 @@ from statsmodels.stats.multitest import multipletests
 
 from diffret_lib.config import CHECKOUT
 from diffret_lib.experiments import claims
-from diffret_lib.experiments.claims import (
-    CONTRADICTED,
-    INCONCLUSIVE,
-    NO_TRAINING,
-    NOT_TESTED,
-    PRODUCERS,
-    SUPPORTED,
-    answer,
-    combine,
-    decide,
-    describe,
-    untested,
-    write_claims,
-)
+from diffret_lib.experiments.claims import CONTRADICTED, INCONCLUSIVE, NO_TRAINING, NOT_TESTED, PRODUCERS, SUPPORTED
 from diffret_lib.experiments.comparison import compare_systems, transfer
 from diffret_lib.report import figures
 from diffret_lib.report.results import Results, paper_against_ours
 from diffret_lib.retrieval.search import RANK_MODES
-from tests.test_study import changed, world  # noqa: F401  (world is a fixture)
+from tests.test_study import changed
 
 OUT_OF_DOMAIN = ["pydocs/numpy", "scifact"]
 COLLECTIONS = ["pydocs/pandas-test", *OUT_OF_DOMAIN]
@@ -165,59 +152,53 @@ def tests(found) -> pd.DataFrame:
 NAN = math.nan
 
 
-@pytest.mark.parametrize(
-    ("direction", "value", "low", "high", "p", "bound", "expected"),
-    [
-        ("greater", 0.1, 0.05, 0.2, 0.049, 0, SUPPORTED),
-        ("greater", -0.1, -0.2, -0.05, 0.049, 0, CONTRADICTED),
-        ("greater", 0.1, 0.05, 0.2, 0.05, 0, INCONCLUSIVE),
-        ("greater", 0.1, 0.05, 0.2, NAN, 0, INCONCLUSIVE),
-        ("greater", NAN, NAN, NAN, NAN, 0, NOT_TESTED),
-        ("clear gain", 0.03, 0.01, 0.05, 0.01, 0.02, SUPPORTED),
-        ("clear gain", 0.01, 0.005, 0.015, 0.01, 0.02, CONTRADICTED),
-        ("clear gain", 0.0, -0.01, 0.01, 1.0, 0.02, CONTRADICTED),
-        ("clear gain", 0.01, -0.01, 0.03, 0.3, 0.02, INCONCLUSIVE),
-        ("no gain", -0.01, -0.03, 0.01, 0.5, 0.02, SUPPORTED),
-        ("no gain", -0.1, -0.2, -0.05, 0.001, 0.02, SUPPORTED),
-        ("no gain", 0.0, -0.03, 0.03, 0.9, 0.02, INCONCLUSIVE),  # no difference, but a gain is plausible
-        ("no gain", 0.01, 0.005, 0.015, 0.01, 0.02, CONTRADICTED),  # small, but clear
-        ("at most", 1.1, 1.0, 1.25, NAN, 1.25, SUPPORTED),
-        ("at most", 1.2, 1.1, 1.3, NAN, 1.25, INCONCLUSIVE),
-        ("at most", 1.4, 1.26, 1.5, NAN, 1.25, CONTRADICTED),
-        ("at most", 1.1, NAN, NAN, NAN, 1.25, INCONCLUSIVE),
-        ("about", 12, 10, 22.5, NAN, 15, SUPPORTED),
-        ("about", 9.7, 8.9, 10.2, NAN, 15, INCONCLUSIVE),
-        ("about", 9, 8, 9.9, NAN, 15, CONTRADICTED),  # at least twice as much is not about 15 times
-        ("about", 30, 23, 40, NAN, 15, CONTRADICTED),
-    ],
-)
+@pytest.mark.parametrize(("direction", "value", "low", "high", "p", "bound", "expected"), [
+    ("greater", 0.1, 0.05, 0.2, 0.049, 0, SUPPORTED),
+    ("greater", -0.1, -0.2, -0.05, 0.049, 0, CONTRADICTED),
+    ("greater", 0.1, 0.05, 0.2, 0.05, 0, INCONCLUSIVE),
+    ("greater", 0.1, 0.05, 0.2, NAN, 0, INCONCLUSIVE),
+    ("greater", NAN, NAN, NAN, NAN, 0, NOT_TESTED),
+    ("clear gain", 0.03, 0.01, 0.05, 0.01, 0.02, SUPPORTED),
+    ("clear gain", 0.01, 0.005, 0.015, 0.01, 0.02, CONTRADICTED),
+    ("clear gain", 0.0, -0.01, 0.01, 1.0, 0.02, CONTRADICTED),
+    ("clear gain", 0.01, -0.01, 0.03, 0.3, 0.02, INCONCLUSIVE),
+    ("no gain", -0.01, -0.03, 0.01, 0.5, 0.02, SUPPORTED),
+    ("no gain", -0.1, -0.2, -0.05, 0.001, 0.02, SUPPORTED),
+    ("no gain", 0.0, -0.03, 0.03, 0.9, 0.02, INCONCLUSIVE),  # no difference, but a gain is plausible
+    ("no gain", 0.01, 0.005, 0.015, 0.01, 0.02, CONTRADICTED),  # small, but clear
+    ("at most", 1.1, 1.0, 1.25, NAN, 1.25, SUPPORTED),
+    ("at most", 1.2, 1.1, 1.3, NAN, 1.25, INCONCLUSIVE),
+    ("at most", 1.4, 1.26, 1.5, NAN, 1.25, CONTRADICTED),
+    ("at most", 1.1, NAN, NAN, NAN, 1.25, INCONCLUSIVE),
+    ("about", 12, 10, 22.5, NAN, 15, SUPPORTED),
+    ("about", 9.7, 8.9, 10.2, NAN, 15, INCONCLUSIVE),
+    ("about", 9, 8, 9.9, NAN, 15, CONTRADICTED),  # at least twice as much is not about 15 times
+    ("about", 30, 23, 40, NAN, 15, CONTRADICTED),
+])  # fmt: skip
 def test_rule_of_one_test(direction, value, low, high, p, bound, expected):
-    assert decide(direction, value, low, high, p, p, bound) == expected
+    assert claims.decide(direction, value, low, high, p, p, bound) == expected
 
 
 def test_each_side_has_its_own_p():
-    assert decide("greater", 0.1, 0.01, 0.2, 0.04, 0.2) == SUPPORTED
-    assert decide("greater", -0.1, -0.2, -0.01, 0.04, 0.2) == INCONCLUSIVE
-    assert decide("no gain", 0.01, 0.005, 0.015, 0.04, 0.2, 0.02) == SUPPORTED
+    assert claims.decide("greater", 0.1, 0.01, 0.2, 0.04, 0.2) == SUPPORTED
+    assert claims.decide("greater", -0.1, -0.2, -0.01, 0.04, 0.2) == INCONCLUSIVE
+    assert claims.decide("no gain", 0.01, 0.005, 0.015, 0.04, 0.2, 0.02) == SUPPORTED
 
 
-@pytest.mark.parametrize(
-    ("parts", "every", "each"),
-    [
-        ([SUPPORTED, SUPPORTED], SUPPORTED, SUPPORTED),
-        ([SUPPORTED, INCONCLUSIVE], INCONCLUSIVE, "supported in part"),
-        ([SUPPORTED, CONTRADICTED], CONTRADICTED, "supported in part, contradicted in part"),
-        ([INCONCLUSIVE, CONTRADICTED], CONTRADICTED, "contradicted in part"),
-        ([CONTRADICTED, CONTRADICTED], CONTRADICTED, CONTRADICTED),
-        ([SUPPORTED, NOT_TESTED], NOT_TESTED, SUPPORTED),
-        ([CONTRADICTED, NOT_TESTED], CONTRADICTED, CONTRADICTED),
-        ([INCONCLUSIVE, INCONCLUSIVE], INCONCLUSIVE, INCONCLUSIVE),
-        ([NOT_TESTED, NOT_TESTED], NOT_TESTED, NOT_TESTED),
-        ([], NOT_TESTED, NOT_TESTED),
-    ],
-)
+@pytest.mark.parametrize(("parts", "every", "each"), [
+    ([SUPPORTED, SUPPORTED], SUPPORTED, SUPPORTED),
+    ([SUPPORTED, INCONCLUSIVE], INCONCLUSIVE, "supported in part"),
+    ([SUPPORTED, CONTRADICTED], CONTRADICTED, "supported in part, contradicted in part"),
+    ([INCONCLUSIVE, CONTRADICTED], CONTRADICTED, "contradicted in part"),
+    ([CONTRADICTED, CONTRADICTED], CONTRADICTED, CONTRADICTED),
+    ([SUPPORTED, NOT_TESTED], NOT_TESTED, SUPPORTED),
+    ([CONTRADICTED, NOT_TESTED], CONTRADICTED, CONTRADICTED),
+    ([INCONCLUSIVE, INCONCLUSIVE], INCONCLUSIVE, INCONCLUSIVE),
+    ([NOT_TESTED, NOT_TESTED], NOT_TESTED, NOT_TESTED),
+    ([], NOT_TESTED, NOT_TESTED),
+])  # fmt: skip
 def test_rule_of_a_claim(parts, every, each):
-    assert (combine(parts, "all"), combine(parts, "each")) == (every, each)
+    assert (claims.combine(parts, "all"), claims.combine(parts, "each")) == (every, each)
 
 
 def test_what_is_declared(tests):
@@ -268,11 +249,11 @@ def test_no_claim_can_be_decided(tmp_path):
     text = f"{own['detectable']:.3f} is detectable at 80 % power; if the true difference is as measured, to find it "
     text += "takes more than 100,000 queries"
     text = f"(dense) − DiffRetriever single (dense): {own['value']:+.3f} was measured, {text}"
-    assert f"- 2a, DiffRetriever multi {text}" in describe(found, 2)
+    assert f"- 2a, DiffRetriever multi {text}" in claims.describe(found, 2)
     own = found.tests[(found.tests["claim"] == 3) & (found.tests["verdict"] == INCONCLUSIVE) & found.tests["counts"]]
     for test in own.itertuples():  # to the side of the bound on which it was measured
         side = "below" if test.value < 0.02 else "above"
-        said = next(line for line in describe(found, 3).splitlines() if line.startswith(f"- {test.id}, "))
+        said = next(line for line in claims.describe(found, 3).splitlines() if line.startswith(f"- {test.id}, "))
         assert f"to show that it lies {side} 0.02 takes" in said
     assert len(own)
 
@@ -284,11 +265,11 @@ def test_nothing_was_run(tmp_path):
     assert all((CHECKOUT / "notebooks" / f"{name}.ipynb").is_file() for name in PRODUCERS.values())
     ways = [f"notebook {name} writes it: make reproduce PROFILE=made" for name in PRODUCERS.values()]
     assert all(note.endswith(tuple(ways)) for note in found.tests["note"])
-    write_claims(found, tmp_path / "claims.json")
+    claims.write_claims(found, tmp_path / "claims.json")
     assert [c["verdict"] for c in json.loads((tmp_path / "claims.json").read_text())["claims"]] == [NOT_TESTED] * 7
-    assert "04_evaluation writes it" in describe(found, 1)
-    assert all(name in untested(found.tests) for name in found.tests["id"])
-    assert "**not tested**: 1, 2, 3, 4, 5, 6, 7" in answer(found) and "in part" not in answer(found)
+    assert "04_evaluation writes it" in claims.describe(found, 1)
+    assert all(name in claims.untested(found.tests) for name in found.tests["id"])
+    assert "**not tested**: 1, 2, 3, 4, 5, 6, 7" in claims.answer(found) and "in part" not in claims.answer(found)
     plt.close(figures.claims_forest(found.tests))
 
 
@@ -316,8 +297,8 @@ def test_a_profile_without_fine_tuning(tmp_path):
     assert where[0] == f"supported: {before}. not tested: {after} ({NO_TRAINING})"
     part = "supported: per-query oracle less chance (hybrid) − best fixed pair"
     rest = "not tested: per-query oracle, frozen, less chance (hybrid) − DiffRetriever multi, fine-tuned"
-    assert where[6] == f"{part}. {rest} ({NO_TRAINING})" and where[6] in describe(found, 7)
-    assert f"**not tested** ({NO_TRAINING}): 3, 5, 7. The tests" in answer(found)
+    assert where[6] == f"{part}. {rest} ({NO_TRAINING})" and where[6] in claims.describe(found, 7)
+    assert f"**not tested** ({NO_TRAINING}): 3, 5, 7. The tests" in claims.answer(found)
     table = paper_against_ours(found.tests)
     assert set(table["ours"][table["verdict"] == NOT_TESTED]) == {""} and len(table) == found.tests["counts"].sum()
 
@@ -349,7 +330,7 @@ def test_a_mode_that_training_lowered_enters_no_verdict(tmp_path):
     out = found.tests[found.tests["note"].str.startswith("DiffRetriever single, fine-tuned (")]
     assert set(out["mode"]) == {"sparse", "hybrid"} and set(out["claim"]) == {1, 2}
     assert not out["counts"].any() and (out["verdict"] == NOT_TESTED).all()
-    assert "undertrained, so in no verdict: DiffRetriever single, fine-tuned (hybrid)" in answer(found)
+    assert "undertrained, so in no verdict: DiffRetriever single, fine-tuned (hybrid)" in claims.answer(found)
     dense = found.tests[(found.tests["training"] == "fine-tuned") & (found.tests["mode"] == "dense")]
     assert dense[dense["claim"] < 3]["counts"].all() and verdicts(found)[2] == "supported"
 
@@ -360,7 +341,7 @@ def test_an_undertrained_system_enters_no_verdict(tmp_path, found, system):
     result = ledger(make(tmp_path, per_query=per_query(means)))
     out = result.tests[result.tests["note"].str.startswith(f"{system}, fine-tuned: undertrained")]
     assert not out["counts"].any() and (out["verdict"] == NOT_TESTED).all() and out["p_corrected"].isna().all()
-    assert f"undertrained, so in no verdict: {system}, fine-tuned" in answer(result)
+    assert f"undertrained, so in no verdict: {system}, fine-tuned" in claims.answer(result)
     now, where = verdicts(result), result.verdicts.set_index("claim")["where"]
     if system == "RepLLaMA":
         assert out["id"].tolist() == ["5d"] and now[5] == SUPPORTED and "RepLLaMA" not in where[5]
@@ -420,7 +401,7 @@ def test_a_conjunction_needs_no_correction(tmp_path):
     found = ledger(make(tmp_path, oracle_chance=table))
     own = found.tests.set_index("id").loc[["7a", "7b"]]
     assert own["p_corrected"].tolist() == pytest.approx([0.06, 0.06]) and (own["verdict"] == SUPPORTED).all()
-    text = describe(found, 7)
+    text = claims.describe(found, 7)
     assert f"largest raw p is 0.04; by Holm it is 0.06 within the claim and {own['p_all'].max():.2g} over all" in text
     assert "with collections resampled as well, 0 of 2 intervals lie above 0" in text
     # one that is against the claim must be clear after the correction
@@ -460,8 +441,8 @@ def test_latency_at_the_counts_that_are_used(tests, tmp_path):
 
 
 def test_claims_on_disk(made, found, tmp_path):
-    write_claims(found, tmp_path / "a" / "claims.json")
-    write_claims(ledger(Results("made", made.folder.parent)), tmp_path / "b.json")
+    claims.write_claims(found, tmp_path / "a" / "claims.json")
+    claims.write_claims(ledger(Results("made", made.folder.parent)), tmp_path / "b.json")
     assert (tmp_path / "a" / "claims.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     content = json.loads((tmp_path / "b.json").read_text())
     assert content["profile"] == "made" and content["rule"]["alpha"] == 0.05
@@ -478,29 +459,28 @@ def test_words_of_the_verdicts(made, found):
     assert table["where"][2].startswith("supported: dense zero-shot; sparse zero-shot; hybrid zero-shot; dense fine-t")
     assert table["collections"][1] == "numpy, scifact" and table["collections"][4] == ""
     assert table["evidence"][4] == "tables/claim4_ratios.csv" and "Dream (4, 16)" in table["paper"][6]
-    text = answer(found)
+    text = claims.answer(found)
     assert "**supported**: 1, 2, 3, 4, 5, 6, 7. " in text and "up to 80 queries" in text and "(numpy, scifact)." in text
-    text = describe(found, 2)
+    text = claims.describe(found, 2)
     assert text.startswith("**Claim 2: supported.** With a diffusion backbone, several masks") and "\n- 2" not in text
     assert f"*Tests:* {table['where'][2]}. *Not shown:* One small" in text
-    assert "The paper's own: about 1x for masks;" in describe(found, 4)
+    assert "The paper's own: about 1x for masks;" in claims.describe(found, 4)
 
 
 def test_what_is_shown_beside_the_verdict(tmp_path, found):
     """Tests that do not count, and a verdict that other collections could change."""
-    text = describe(found, 1)
+    text = claims.describe(found, 1)
     own = found.tests.set_index("id").loc["1g"]
     numbers = f"{own['value']:+.3f} [{own['low']:+.3f}, {own['high']:+.3f}]"
     assert f"\n- shown, DiffRetriever single (text only) (dense) − DiffEmbed (text only) (dense): {numbers}." in text
     assert "these collections only" not in text
-    assert "\n- shown, DiffRetriever 4, batch 1, end to end: 9.00 [9.00, 9.00]." in describe(found, 4)
+    assert "\n- shown, DiffRetriever 4, batch 1, end to end: 9.00 [9.00, 9.00]." in claims.describe(found, 4)
     assert "7a, per-query oracle less chance (hybrid) − best fixed pair: with collections resampled the interval is " \
-        "[-1.000, +1.000]: the verdict holds for these collections only." in describe(found, 7)  # fmt: skip
+        "[-1.000, +1.000]: the verdict holds for these collections only." in claims.describe(found, 7)  # fmt: skip
 
 
-def test_notebooks_of_a_profile_that_trains_nothing(world, tmp_path, monkeypatch):  # noqa: F811
+def test_notebooks_of_a_profile_that_trains_nothing(s, tmp_path, monkeypatch):
     """Notebooks 04 to 07 on a tiny study without fine-tuned systems: they run, and say so."""
-    s, _ = world
     efficiency = s.profile.efficiency.model_dump() | {"batch_sizes": [1, 8], "rounds": 2}
     s, results = changed(s, fine_tuned=[], efficiency=efficiency), Results("nothing", tmp_path)
     s.selected = (2, 2)

@@ -134,24 +134,21 @@ def test_importing_leaves_datasets_as_it_was() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"passages": ["one"]}, "cats: 20 passage ids for 1 texts"),
-        ({"passages": [*CATS["passages"][:-1], "\ud800"]}, "cats: passage 'p19': .*surrogates not allowed"),
-        ({"name": None}, "a collection needs a name, not None"),
-        ({"passage_ids": ["p0"] * 20}, "ids that occur twice: p0"),
-        ({"passage_ids": [*CATS["passage_ids"][:-1], "p 19"]}, "an id .* holds no white space, got 'p 19'"),
-        ({"passage_ids": list(range(20))}, "passage ids must be strings, not int"),
-        ({"queries": "eight..."}, "query texts must be a list of strings, not 'eight...'"),
-        ({"queries": [None] * 8}, "query texts must be strings, not NoneType"),
-        ({"query_ids": ["q0"] * 8}, "ids that occur twice: q0"),
-        ({"qrels": {"q0": {"p0": 1}}}, "differ in their query ids: q1, q2, q3"),
-        ({"qrels": {f"q{i}": {"p99": 1} for i in range(8)}}, "name unknown passages: p99"),
-        ({"qrels": {f"q{i}": {"p1": 0} for i in range(8)}}, "query 'q0' has no relevant passage"),
-        ({"qrels": {"q0": {"p1": 0.5}}}, "qrels: a whole number .* for query 'q0', passage 'p1', not 0.5"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"passages": ["one"]}, "cats: 20 passage ids for 1 texts"),
+    ({"passages": [*CATS["passages"][:-1], "\ud800"]}, "cats: passage 'p19': .*surrogates not allowed"),
+    ({"name": None}, "a collection needs a name, not None"),
+    ({"passage_ids": ["p0"] * 20}, "ids that occur twice: p0"),
+    ({"passage_ids": [*CATS["passage_ids"][:-1], "p 19"]}, "an id .* holds no white space, got 'p 19'"),
+    ({"passage_ids": list(range(20))}, "passage ids must be strings, not int"),
+    ({"queries": "eight..."}, "query texts must be a list of strings, not 'eight...'"),
+    ({"queries": [None] * 8}, "query texts must be strings, not NoneType"),
+    ({"query_ids": ["q0"] * 8}, "ids that occur twice: q0"),
+    ({"qrels": {"q0": {"p0": 1}}}, "differ in their query ids: q1, q2, q3"),
+    ({"qrels": {f"q{i}": {"p99": 1} for i in range(8)}}, "name unknown passages: p99"),
+    ({"qrels": {f"q{i}": {"p1": 0} for i in range(8)}}, "query 'q0' has no relevant passage"),
+    ({"qrels": {"q0": {"p1": 0.5}}}, "qrels: a whole number .* for query 'q0', passage 'p1', not 0.5"),
+])  # fmt: skip
 def test_inconsistent_content_is_named(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         changed(**change)
@@ -177,16 +174,10 @@ def test_restricting_leaves_no_query_without_a_relevant_passage(cats: Collection
 
 
 def test_lexical_overlap_by_hand() -> None:
-    found = lexical_overlap(
-        Collection.from_texts(
-            "x",
-            ["a", "b", "c"],
-            ["Sorts the Rows of a frame", "frame of rows", "sort columns quickly, then stop"],
-            ["q", "r"],
-            ["the rows of wood", "Columns, quickly then!"],
-            {"q": {"a": 1, "b": 1, "c": 0}, "r": {"c": 1, "b": 1}},
-        )
-    )
+    passages = ["Sorts the Rows of a frame", "frame of rows", "sort columns quickly, then stop"]
+    queries = ["the rows of wood", "Columns, quickly then!"]
+    judged = {"q": {"a": 1, "b": 1, "c": 0}, "r": {"c": 1, "b": 1}}
+    found = lexical_overlap(Collection.from_texts("x", list("abc"), passages, ["q", "r"], queries, judged))
     # q: rows in a and b, wood nowhere: 1/2.  r: columns and quickly ("then" is a stop word) in c, none in b: 1/2.
     assert found["content_words"] == pytest.approx(0.5)
     assert found["whole_query"] == pytest.approx(0.5)

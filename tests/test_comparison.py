@@ -9,24 +9,12 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from diffret_lib.experiments import study
-from diffret_lib.experiments.comparison import (
-    compare_systems,
-    evaluation_wide,
-    heat_map,
-    held_out_best,
-    interval,
-    paired,
-    per_query_best,
-    planned_comparisons,
-    system_intervals,
-    transfer,
-    undertrained,
-)
+from diffret_lib.experiments import comparison, study
+from diffret_lib.experiments.comparison import compare_systems, heat_map, held_out_best, interval, paired, undertrained
 from diffret_lib.experiments.study import SYSTEMS, System
 from diffret_lib.models.released import ReleasedAdapter
 from diffret_lib.retrieval.systems import BM25
-from tests.test_study import changed, world  # noqa: F401  (world is a fixture)
+from tests.test_study import changed
 
 #: nDCG@10 of four queries under the pairs.
 VALUES = {
@@ -62,7 +50,7 @@ def indexed(values: dict[str, np.ndarray]) -> pd.Series:
 
 
 def test_best_pair_of_each_query():
-    best = per_query_best(frame(VALUES)).set_index("query_id")
+    best = comparison.per_query_best(frame(VALUES)).set_index("query_id")
     pairs = best[["k_query", "k_passage"]].apply(tuple, axis=1).to_dict()
     assert pairs == {"q1": (1, 2), "q2": (1, 1), "q3": (1, 2), "q4": (2, 1)}
     assert best["value"].to_dict() == {"q1": 0.8, "q2": 1.0, "q3": 0.6, "q4": 0.5}
@@ -110,7 +98,7 @@ def test_held_out_loss_is_unbiased_where_hindsight_is_not():
 
 def test_transfer_by_hand():
     # means: (1, 1) 0.425, (1, 2) 0.65, (2, 1) 0.675, (2, 2) 0.55
-    row = transfer(frame(VALUES), (2, 2), resamples=200).iloc[0]
+    row = comparison.transfer(frame(VALUES), (2, 2), resamples=200).iloc[0]
     assert row[["collection", "coverage", "queries", "best_pair"]].tolist() == ["c", "whole", 4, "(2, 1)"]
     found = row[["selected", "best", "loss", "single"]].astype(float)
     np.testing.assert_allclose(found, [0.55, 0.675, 0.125, 0.425])
@@ -207,7 +195,7 @@ def test_compared_systems_by_hand():
     np.testing.assert_allclose(table["p_corrected"], multipletests(table["p"], method="holm")[1])
     assert table["p_corrected"][0] == pytest.approx(3 * table["p"][0])
     assert table["reading"].tolist() == ["better", "no clear difference", "worse"]
-    intervals = system_intervals(data, ["one", "two"], 500)
+    intervals = comparison.system_intervals(data, ["one", "two"], 500)
     assert intervals["value"].tolist() == pytest.approx([0.7125, 0.5, 0.7125])
     assert (intervals["low_all"] <= intervals["low"]).all()
 
@@ -255,29 +243,29 @@ def test_a_mode_that_training_lowered_is_undertrained_and_hybrid_with_it():
         f"{name} (hybrid)": "its sparse side is undertrained",
     }
     systems = [System(f"DiffRetriever {n}", None, "fine-tuned") for n in ("single", "multi")]
-    planned = planned_comparisons(systems, found)
+    planned = comparison.planned_comparisons(systems, found)
     assert planned == [("DiffRetriever multi, fine-tuned", name, "dense")]
 
 
 def test_macro_average_stands_first():
     table = pd.concat([by_system({"A": [0.4], "B": [0.2]}, c).assign(value=lambda d, x=x: d["value"] + x)
                        for c, x in (("pydocs/numpy", 0.0), ("scifact", 0.2), ("pydocs/pandas-test", 0.5))])  # fmt: skip
-    wide = evaluation_wide(table, ["pydocs/numpy", "scifact"])
+    wide = comparison.evaluation_wide(table, ["pydocs/numpy", "scifact"])
     assert list(wide) == ["training", "system", "mode", "macro", "numpy", "scifact", "pandas-test"]
     np.testing.assert_allclose(wide["macro"], [0.5, 0.3])
 
 
 def test_comparisons_are_told_apart():
     zero_shot = [System(name, None) for name in [*SYSTEMS, "Mean pooling"] if name != "RepLLaMA"]
-    before = planned_comparisons(zero_shot)
-    pairs = planned_comparisons([*zero_shot, *(System(name, None, "fine-tuned") for name in SYSTEMS)])
+    before = comparison.planned_comparisons(zero_shot)
+    pairs = comparison.planned_comparisons([*zero_shot, *(System(name, None, "fine-tuned") for name in SYSTEMS)])
     assert len(set(pairs)) == len(pairs) == 42 and len(before) == 14 and pairs[:14] == before
     assert all(better != than for better, than, _ in pairs)
     assert ("DiffRetriever multi, fine-tuned", "RepLLaMA, fine-tuned", "dense") in pairs
 
 
-def test_released_adapters_and_metrics_of_a_collections_own(world, monkeypatch):  # noqa: F811
-    s = changed(world[0])
+def test_released_adapters_and_metrics_of_a_collections_own(s, monkeypatch):
+    s = changed(s)
     assert s.released_systems() == []
     about = ReleasedAdapter("them/theirs", s.backbone("diffusion").spec.name, (2, 1))
     monkeypatch.setattr(study, "RELEASED", {"theirs": about, "other": replace(about, backbone="another")})

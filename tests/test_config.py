@@ -93,41 +93,38 @@ def test_frozen_and_fingerprint_follows_the_content(tmp_path, content):
     assert load_profile(write(tmp_path, content | {"seed": 14})).fingerprint != smoke.fingerprint
 
 
-@pytest.mark.parametrize(
-    ("change", "parts"),
-    [
-        ({"k_gird": [1]}, ["k_gird: unknown key"]),
-        ({"k_grid": [1, 3]}, ["k_grid: ", "[1, 2, 4, 8, 16]", "[1, 3]"]),
-        ({"k_grid": [2, 4]}, ["k_grid: ", "with 1 and a larger number"]),
-        ({"k_grid": [1]}, ["k_grid: ", "with 1 and a larger number"]),
-        ({"k_grid": [1, 4, 2]}, ["k_grid: an ascending list"]),
-        ({"k_grid": [1, 1]}, ["k_grid: an ascending list"]),
-        ({"k_grid": []}, ["k_grid: ", "at least 1 item"]),
-        ({"k_grid": [1, "2"]}, ["k_grid.1: ", "'2'"]),
-        ({"k_grid": [1, 2.0]}, ["k_grid.1: ", "2.0"]),
-        ({"dtype": "float16"}, ["dtype: ", "'auto', 'float32' or 'bfloat16'", "'float16'"]),
-        ({"seed": "13"}, ["seed: ", "'13'"]),
-        ({"seed": True}, ["seed: ", "True"]),
-        ({"seed": None}, ["seed: ", "None"]),
-        ({"top_k": 0}, ["top_k: ", "greater than or equal to 1"]),
-        ({"top_k": 10**30}, ["top_k: "]),
-        ({"top_k": float("nan")}, ["top_k: "]),
-        ({"sample": {"queries": 5}}, ["sample.passages: the key is missing"]),
-        ({"sample": {"queries": 5, "passages": 6, "docs": 1}}, ["sample.docs: unknown key"]),
-        ({"sample": 5}, ["sample: ", "(got 5)"]),
-        (
-            {"training": {"steps": 2}},
-            ["training.collections: the key is missing", "training.learning_rates: the key is missing"],
-        ),
-        ({"sample": {"queries": 5, "passages": 6, "hard": -1}}, ["sample.hard: ", "(got -1)"]),
-        ({"samples": {"ir/npl": {"queries": None}}}, ["samples.ir/npl.passages: the key is missing"]),
-        ({"efficiency": {"counts": [0]}}, ["efficiency.counts.0: ", "efficiency.rounds: the key is missing"]),
-        ({"backbones": {"diffusion": "x", "autoregressive": ""}}, ["backbones.autoregressive: "]),
-        ({"test_collections": "pydocs/numpy"}, ["test_collections: ", "list"]),
-        ({"name": "other"}, ["name: 'other' must be 'smoke'"]),
-        ({"name": "a/b"}, ["name: "]),
-    ],
-)
+@pytest.mark.parametrize(("change", "parts"), [
+    ({"k_gird": [1]}, ["k_gird: unknown key"]),
+    ({"k_grid": [1, 3]}, ["k_grid: ", "[1, 2, 4, 8, 16]", "[1, 3]"]),
+    ({"k_grid": [2, 4]}, ["k_grid: ", "with 1 and a larger number"]),
+    ({"k_grid": [1]}, ["k_grid: ", "with 1 and a larger number"]),
+    ({"k_grid": [1, 4, 2]}, ["k_grid: an ascending list"]),
+    ({"k_grid": [1, 1]}, ["k_grid: an ascending list"]),
+    ({"k_grid": []}, ["k_grid: ", "at least 1 item"]),
+    ({"k_grid": [1, "2"]}, ["k_grid.1: ", "'2'"]),
+    ({"k_grid": [1, 2.0]}, ["k_grid.1: ", "2.0"]),
+    ({"dtype": "float16"}, ["dtype: ", "'auto', 'float32' or 'bfloat16'", "'float16'"]),
+    ({"seed": "13"}, ["seed: ", "'13'"]),
+    ({"seed": True}, ["seed: ", "True"]),
+    ({"seed": None}, ["seed: ", "None"]),
+    ({"top_k": 0}, ["top_k: ", "greater than or equal to 1"]),
+    ({"top_k": 10**30}, ["top_k: "]),
+    ({"top_k": float("nan")}, ["top_k: "]),
+    ({"sample": {"queries": 5}}, ["sample.passages: the key is missing"]),
+    ({"sample": {"queries": 5, "passages": 6, "docs": 1}}, ["sample.docs: unknown key"]),
+    ({"sample": 5}, ["sample: ", "(got 5)"]),
+    (
+        {"training": {"steps": 2}},
+        ["training.collections: the key is missing", "training.learning_rates: the key is missing"],
+    ),
+    ({"sample": {"queries": 5, "passages": 6, "hard": -1}}, ["sample.hard: ", "(got -1)"]),
+    ({"samples": {"ir/npl": {"queries": None}}}, ["samples.ir/npl.passages: the key is missing"]),
+    ({"efficiency": {"counts": [0]}}, ["efficiency.counts.0: ", "efficiency.rounds: the key is missing"]),
+    ({"backbones": {"diffusion": "x", "autoregressive": ""}}, ["backbones.autoregressive: "]),
+    ({"test_collections": "pydocs/numpy"}, ["test_collections: ", "list"]),
+    ({"name": "other"}, ["name: 'other' must be 'smoke'"]),
+    ({"name": "a/b"}, ["name: "]),
+])  # fmt: skip
 def test_an_error_names_the_file_the_key_and_what_is_allowed(tmp_path, content, change, parts):
     path = write(tmp_path, content | change)
     with pytest.raises(ProfileError) as error:
@@ -136,18 +133,15 @@ def test_an_error_names_the_file_the_key_and_what_is_allowed(tmp_path, content, 
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        ({"learning_rates": [0.1, 0.1]}, "each learning rate is given once"),
-        ({"learning_rates": []}, "at least 1 item"),
-        ({"learning_rates": [1.5]}, "less than 1"),
-        ({"collections": []}, "at least 1 item"),
-        ({"temperatures": {"DiffEmbed": 0.0}}, "greater than 0"),
-        ({"warmup_ratio": 1.0}, "less than 1"),
-        ({"temperature": float("inf")}, "finite"),
-    ],
-)
+@pytest.mark.parametrize(("change", "part"), [
+    ({"learning_rates": [0.1, 0.1]}, "each learning rate is given once"),
+    ({"learning_rates": []}, "at least 1 item"),
+    ({"learning_rates": [1.5]}, "less than 1"),
+    ({"collections": []}, "at least 1 item"),
+    ({"temperatures": {"DiffEmbed": 0.0}}, "greater than 0"),
+    ({"warmup_ratio": 1.0}, "less than 1"),
+    ({"temperature": float("inf")}, "finite"),
+])  # fmt: skip
 def test_settings_of_the_training(tmp_path, content, change, part):
     path = write(tmp_path, content | {"training": content["training"] | change})
     with pytest.raises(ProfileError, match=rf"training\.{next(iter(change))}.*{part}"):
@@ -173,18 +167,15 @@ def test_all_errors_are_told_at_once(tmp_path, content):
     assert keys == {"seed", "top_k", "extra", "adaptation.zero_shot.collection"}
 
 
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        (b"profile:\n  seed: 1\n  seed: 2\n", "the key 'seed' is given twice in the mapping that begins in line 2"),
-        (b"a: [1\n", "not readable as YAML"),
-        (b"profile: \xe9\n", "not readable as YAML"),
-        (b"- 1\n", "a mapping under the one key 'profile' is expected"),
-        (b"", "a mapping under the one key 'profile' is expected"),
-        (b"profile: {}\nother: 1\n", "a mapping under the one key 'profile' is expected"),
-        (b"profile: 3\n", "a mapping under the one key 'profile' is expected"),
-    ],
-)
+@pytest.mark.parametrize(("text", "part"), [
+    (b"profile:\n  seed: 1\n  seed: 2\n", "the key 'seed' is given twice in the mapping that begins in line 2"),
+    (b"a: [1\n", "not readable as YAML"),
+    (b"profile: \xe9\n", "not readable as YAML"),
+    (b"- 1\n", "a mapping under the one key 'profile' is expected"),
+    (b"", "a mapping under the one key 'profile' is expected"),
+    (b"profile: {}\nother: 1\n", "a mapping under the one key 'profile' is expected"),
+    (b"profile: 3\n", "a mapping under the one key 'profile' is expected"),
+])  # fmt: skip
 def test_files_that_are_no_mapping(tmp_path, text, part):
     path = tmp_path / "p.yml"
     path.write_bytes(text)

@@ -17,7 +17,6 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, DistributedType
-from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -26,26 +25,16 @@ from diffret_lib.data.beir import load_training_rows
 from diffret_lib.data.collection import Collection
 from diffret_lib.models.backbones import BackboneError, load_backbone
 from diffret_lib.retrieval.systems import DiffEmbed, DiffRetriever, PromptReps, RepLLaMA
-from diffret_lib.training.contrastive import (
-    FinetunedSystem,
-    Measurement,
-    Recipe,
-    finetune,
-    finetune_selected,
-    load_published,
-    publish_adapter,
-    recipe_of,
-    step_order,
-    training_summary,
-)  # fmt: skip
+from diffret_lib.training import contrastive
+from diffret_lib.training.contrastive import FinetunedSystem, finetune, finetune_selected, load_published, step_order
 from diffret_lib.training.data import TrainingData, data_table, published_rows, training_data
 from diffret_lib.training.negatives import mine_hard_negatives
 from scripts.finetune import join
-from tests.tiny import tiny_backbone, tiny_spec
+from tests.test_adaptation import assert_same_adapters, weights
+from tests.tiny import random_texts, tiny_backbone, tiny_spec
 
 SETTINGS = CHECKOUT / "scripts" / "accelerate"
 QRELS = {"q": {"a": 1, "b": 1}, "r": {"d": 1}}
-WORDS = ["heap", "tree", "array", "axis", "sorted copy", "eigenvalues", "square", "parent", "children", "queue"]
 LIMITS = {"max_query_tokens": 32, "max_passage_tokens": 48}
 SYSTEMS = {
     "DiffRetriever single": (DiffRetriever, {}),
@@ -69,13 +58,9 @@ class Kill(TrainerCallback):
 
 
 def make_collection(name: str, seed: int) -> Collection:
-    rng = np.random.default_rng(seed)
-    passages = [" ".join(rng.choice(WORDS, 6)) + f" {i}." for i in range(8)]
-    queries = [" ".join(p.split()[:2]) for p in passages]
-    ids = [f"q{i}" for i in range(8)]
-    return Collection.from_texts(
-        name, [f"p{i}" for i in range(8)], passages, ids, queries, {q: {f"p{i}": 1} for i, q in enumerate(ids)}
-    )
+    passages = random_texts(seed, 8)
+    queries, judged = [" ".join(text.split()[:2]) for text in passages], {f"q{i}": {f"p{i}": 1} for i in range(8)}
+    return Collection.from_texts(name, [f"p{i}" for i in range(8)], passages, list(judged), queries, judged)
 
 
 def make_data() -> TrainingData:
@@ -90,9 +75,9 @@ def make_profile(**changes) -> Profile:
     return profile.model_copy(update={"training": profile.training.model_copy(update=settings)})
 
 
-def make_recipe(system: str, **changes) -> Recipe:
+def make_recipe(system: str, **changes) -> contrastive.Recipe:
     profile = make_profile(**changes)
-    return recipe_of(profile, system, profile.training.learning_rates[0])
+    return contrastive.recipe_of(profile, system, profile.training.learning_rates[0])
 
 
 def make_retriever(root: Path, system: str, dtype: str = "float32", **options):
@@ -193,20 +178,12 @@ def test_settings_are_what_accelerate_takes(path):
     assert f"`scripts/accelerate/{path.name}`" in (CHECKOUT / "README.md").read_text(encoding="utf-8")
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
 def without_seconds(result: FinetunedSystem) -> list[dict]:
     return [{k: v for k, v in record.items() if k != "seconds"} for record in result.curve]
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_killed_and_started_again(root, tmp_path, monkeypatch, cut):
-    """A process that is killed leaves a training that ends as an uninterrupted one does, bit for bit.
-
-    Also where the kill came while the newest checkpoint was written.
-    """
+def test_killed_and_started_again(root, tmp_path, monkeypatch):
+    """A process that is killed leaves a training that ends as an uninterrupted one does, bit for bit."""
     whole = train(root, "DiffRetriever multi")
     cache = tmp_path / "killed"
     code = (
@@ -214,21 +191,16 @@ def test_killed_and_started_again(root, tmp_path, monkeypatch, cut):
         "from tests.test_contrastive import *\n"
         f"train(Path({str(root)!r}), 'DiffRetriever multi', callbacks=[Kill(5)])\n"
     )
-    environment = os.environ | {"DIFFRET_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment = os.environ | {"DIFFRET_CACHE": str(cache), "PYTHONPATH": str(CHECKOUT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (work,) = cache.rglob(".*.work")
     assert sorted(p.name for p in work.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert not [p for p in cache.glob("adapters/*") if p.is_dir() and p.name == whole.adapter.parent.name]
-    if cut:
-        path = work / "checkpoint-4" / "adapter" / "adapter_model.safetensors"
-        path.write_bytes(path.read_bytes()[:-8])
     monkeypatch.setenv("DIFFRET_CACHE", str(cache))
     again = train(root, "DiffRetriever multi")
     assert again.adapter.parent.name == whole.adapter.parent.name and again.adapter != whole.adapter
-    settings = [(result.adapter / "adapter_config.json").read_bytes() for result in (again, whole)]
-    assert settings[0] == settings[1] and weights(again.adapter).keys() == weights(whole.adapter).keys()
-    assert all(torch.equal(tensor, weights(whole.adapter)[name]) for name, tensor in weights(again.adapter).items())
+    assert_same_adapters(again.adapter, whole.adapter)
     assert without_seconds(again) == without_seconds(whole)
     assert [r["step"] for r in again.curve] == [0, 1, 2, 3, 4, 5]
     assert not list(cache.rglob(".*.work"))  # checkpoints are gone
@@ -236,7 +208,7 @@ def test_killed_and_started_again(root, tmp_path, monkeypatch, cut):
 
 def test_all_systems(root, monkeypatch):
     results = {name: train(root, name) for name in SYSTEMS}
-    table = training_summary(list(results.values()), {"RepLLaMA": 2.0})
+    table = contrastive.training_summary(list(results.values()), {"RepLLaMA": 2.0})
     assert table["system"].tolist() == list(SYSTEMS) and (table["steps"] == 5).all()
     assert table["best_step"].isin([2, 4, 5]).all()
     assert table.set_index("system")["dev_mean_pooled"].dropna().to_dict() == {"RepLLaMA": 2.0}
@@ -257,7 +229,7 @@ def test_all_systems(root, monkeypatch):
         assert str(root) not in (result.adapter / "adapter_config.json").read_text()
         # the merged adapter is the trained model
         kept = next(r for r in result.curve if r.get("kept"))
-        measured = Measurement(tuned, make_collection("dev", 1))()
+        measured = contrastive.Measurement(tuned, make_collection("dev", 1))()
         assert kept["dev_ndcg"] == kept[f"dev_{tuned.modes[-1]}"] == pytest.approx(measured["ndcg"])
         assert {name: kept.get(f"dev_{name}") for name in tuned.modes} == pytest.approx(
             {name: measured[name] for name in tuned.modes}
@@ -272,22 +244,8 @@ def test_all_systems(root, monkeypatch):
     assert again == results["RepLLaMA"] == FinetunedSystem.load(again.adapter.parent)
 
 
-def test_rows_of_the_training_collections():
-    data = make_data()
-    assert data.rows.column_names == ["query", "positive", "negative_1", "negative_2"] and len(data.rows) == 8
-    (collection,) = data.collections
-    texts = dict(zip(collection.passage_ids, collection.passages, strict=True))
-    for query_id, row in zip(collection.query_ids, data.rows, strict=True):
-        mined = data.negatives[data.negatives["query_id"] == query_id]["passage_id"]
-        assert row["positive"] == texts[collection.relevant(query_id)[0]]
-        assert [row["negative_1"], row["negative_2"]] == [texts[p] for p in mined]
-        assert row["positive"] not in (row["negative_1"], row["negative_2"])
-    assert make_data().fingerprint == data.fingerprint
-
-
-def test_published_rows(tmp_path, monkeypatch):
+def test_published_rows(own_cache, tmp_path, monkeypatch):
     """Of each query the first positive, and as many negatives as asked for, the same every time."""
-    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("DIFFRET_DATA", str(tmp_path))
     folder = tmp_path / "msmarco-passage-aug"
     folder.mkdir()
@@ -315,15 +273,16 @@ def test_published_rows(tmp_path, monkeypatch):
 
 def test_rows_of_two_collections():
     """Ids may be the same in both; a text that both have is one text."""
-    first = Collection.from_texts("c", list("abcd"), ["A", "B", "C", "A"], ["q", "r"], ["x", "y"], QRELS)
+    first = Collection.from_texts("c", list("abcde"), list("ABCAF"), ["q", "r"], ["x", "y"], QRELS)
     second = Collection.from_texts("d", list("abc"), ["E", "C", "A"], ["q"], ["z"], {"q": {"a": 1}})
-    negatives = pd.DataFrame({"query_id": ["q", "r"], "passage_id": ["c", "b"], "source": ["random"] * 2})
-    made = training_data([(first, negatives), (second, negatives[:1].assign(passage_id="b"))])
-    texts = [("x", "A", "C"), ("x", "B", "C"), ("y", "A", "B"), ("z", "E", "C")]
-    assert made.rows.to_list() == [dict(zip(("query", "positive", "negative_1"), row, strict=True)) for row in texts]
-    assert made.false_negatives.passages.tolist() == [[0, 2], [1, 2], [0, 1], [3, 2]]
-    assert made.false_negatives.relevant.tolist() == [[0, 1], [0, 1], [0, -1], [3, -1]]
-    assert made.negatives["collection"].tolist() == ["c", "c", "d"]
+    negatives = pd.DataFrame({"query_id": list("qqrr"), "passage_id": list("cebc"), "source": ["random"] * 4})
+    made = training_data([(first, negatives), (second, negatives[:2].assign(passage_id=["b", "c"]))])
+    names = "query", "positive", "negative_1", "negative_2"
+    texts = ["xACF", "xBCF", "yABC", "zECA"]
+    assert made.rows.to_list() == [dict(zip(names, row, strict=True)) for row in texts]
+    assert made.false_negatives.passages.tolist() == [[0, 2, 3], [1, 2, 3], [0, 1, 2], [4, 2, 0]]
+    assert made.false_negatives.relevant.tolist() == [[0, 1], [0, 1], [0, -1], [4, -1]]
+    assert made.negatives["collection"].tolist() == ["c", "c", "c", "c", "d", "d"]
     assert data_table(made)[["collection", "queries"]].to_numpy().tolist() == [["c", 2], ["d", 1]]
     assert made.fingerprint != training_data([(first, negatives)]).fingerprint
 
@@ -368,7 +327,7 @@ def test_learning_rate_is_chosen_on_the_development_collection(root, monkeypatch
     assert second.about["recipe"] == result.about["recipe"] | {"seed": profile.seed + 1}
     assert second.selection == result.selection and second.repetition == 1
     assert without_seconds(second) != without_seconds(result)
-    assert training_summary([result, second], {})["repetition"].tolist() == [0, 1]
+    assert contrastive.training_summary([result, second], {})["repetition"].tolist() == [0, 1]
     monkeypatch.setattr("diffret_lib.training.contrastive.add_lora", None)  # nothing is trained again
     assert finetune_selected("DiffEmbed", *given, repetition=1) == second
     longer = make_profile(learning_rates=[1e-9, 0.01, 0.02, 0.04], selection_steps=2)
@@ -417,7 +376,7 @@ def test_bfloat16_trains_float32_adapters(root):
 def test_published_adapter_is_the_trained_one_in_half_the_bytes(root, tmp_path):
     result = train(root, "DiffRetriever multi")
     for _ in range(2):  # what is there is replaced
-        folder = publish_adapter(result, tmp_path / "adapters")
+        folder = contrastive.publish_adapter(result, tmp_path / "adapters")
     assert folder == tmp_path / "adapters" / "diffretriever-multi"
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "curve.jsonl", "recipe.json",
@@ -444,12 +403,12 @@ def test_published_adapter_is_the_trained_one_in_half_the_bytes(root, tmp_path):
 
 def test_published_adapter_stands_in_for_training(root, tmp_path):
     result = replace(train(root, "DiffRetriever multi"), repetition=2, selection=[{"learning_rate": 0.01}])
-    folder = publish_adapter(result, tmp_path)
+    folder = contrastive.publish_adapter(result, tmp_path)
     assert folder.name == "diffretriever-multi-seed-2"
     retriever = make_retriever(root, "DiffRetriever multi")
     loaded = load_published(tmp_path, "DiffRetriever multi", retriever, 2)
     assert (loaded.curve, loaded.selection, loaded.repetition) == (result.curve, result.selection, 2)
-    assert publish_adapter(loaded, tmp_path) == folder  # again, from what it is itself
+    assert contrastive.publish_adapter(loaded, tmp_path) == folder  # again, from what it is itself
     assert load_published(tmp_path, "DiffRetriever multi", retriever, 2) == replace(loaded, about=ANY)
     with pytest.raises(FileNotFoundError, match=r"holds no adapter of DiffRetriever multi; scripts/finetune.py"):
         load_published(tmp_path, "DiffRetriever multi", retriever)

@@ -13,7 +13,6 @@ from diffret_lib.models.readers import MaskedPositions
 from diffret_lib.retrieval.denoising import MultiStepDiffRetriever
 from diffret_lib.retrieval.metrics import METRIC, per_query
 from diffret_lib.retrieval.systems import DiffRetriever
-from tests.test_study import world  # noqa: F401  (world is a fixture)
 from tests.tiny import tiny_backbone, tiny_folder
 
 TEXTS = ["Return a sorted copy of an array along the given axis.", "heap", "A heap is a binary tree"]
@@ -94,8 +93,7 @@ def test_several_counts_share_a_text(backbone):
         np.testing.assert_allclose(found.sparse.toarray(), alone.sparse.toarray(), atol=1e-5)
 
 
-def test_the_table_of_steps(world):  # noqa: F811
-    s, _ = world
+def test_the_table_of_steps(s):
     s.selected = (2, 2)  # without the grid that selects it
     table = denoising_table(s, (1, 3))
     assert list(table) == COLUMNS and set(table["steps"]) == {1, 3}

@@ -9,30 +9,15 @@ import torch
 from scipy import stats
 
 from diffret_lib.experiments import efficiency
-from diffret_lib.experiments.efficiency import (
-    ANSWERED,
-    END_TO_END,
-    FORCED,
-    SEARCH,
-    claim4_ratios,
-    effectiveness_latency,
-    in_words,
-    interleaved,
-    latency,
-    long_texts,
-    measured,
-    median_interval,
-    search_latency,
-)
+from diffret_lib.experiments.efficiency import ANSWERED, END_TO_END, FORCED, SEARCH, latency, measured, median_interval
 from diffret_lib.models.prompts import encode_plain
-from tests.test_study import changed, world  # noqa: F401  (world is a fixture)
+from tests.test_study import changed
 
 KEYS = ["quantity", "system", "decoding", "side", "count", "k_passage", "batch", "text_tokens"]
 
 
 @pytest.fixture(scope="module")
-def study(world):  # noqa: F811
-    s, _ = world
+def study(s):
     settings = {"counts": [1, 2, 5], "text_tokens": [8, 16], "batch_sizes": [1, 3], "index_sizes": [100, 10**9],
                 "rounds": 7}  # fmt: skip
     return changed(s, sample={"queries": 4, "passages": 8}, efficiency=s.profile.efficiency.model_dump() | settings)
@@ -53,7 +38,7 @@ def test_rounds_are_interleaved(monkeypatch):
     order, ticks = [], iter(range(100))
     monkeypatch.setattr(efficiency.time, "perf_counter", lambda: next(ticks) ** 2)
     calls = {n: lambda n=n: order.append(n) for n in "abc"}
-    times = interleaved(calls, 3, torch.device("cpu"), "letters")
+    times = efficiency.interleaved(calls, 3, torch.device("cpu"), "letters")
     assert "".join(order) == "abc" + "abccbaabc"  # a warm-up of each
     # call number i takes (2i + 1)^2 - (2i)^2
     assert {n: t.tolist() for n, t in times.items()} == {"a": [1, 21, 25], "b": [5, 17, 29], "c": [9, 13, 33]}
@@ -71,7 +56,7 @@ def test_forced_decoding_has_every_vector(study):
 
 
 def test_texts_are_long_enough(study):
-    texts = long_texts(study, 40, 3)
+    texts = efficiency.long_texts(study, 40, 3)
     tokenizer = study.backbone("diffusion").tokenizer
     assert len(set(texts)) == 3 and all(len(ids) >= 40 for ids in encode_plain(tokenizer, texts))
 
@@ -113,13 +98,13 @@ def test_ratios_are_taken_within_rounds_and_end_to_end_is_a_sum(few, monkeypatch
     assert ms[SEARCH, "DiffRetriever", "", "query", 2, 1] == 2 * (3 + 1)
     assert ms[SEARCH, "DiffEmbed", "", "query", 1, 1] == 2 * 2  # has no sparse side
     assert ms[END_TO_END, "PromptReps", FORCED, "query", 4, 4] == 2 * (40 + 8 + 1)
-    ratios = claim4_ratios(rows).set_index(["quantity", "system", "decoding", "count", "batch"])["value"]
+    ratios = efficiency.claim4_ratios(rows).set_index(["quantity", "system", "decoding", "count", "batch"])["value"]
     assert np.allclose(ratios["encoding"], ratios["encoding"].index.get_level_values("count"))
     assert ratios[END_TO_END, "PromptReps", FORCED, 4, 3] == pytest.approx((40 + 9) / (10 + 3))
 
 
 def test_claim_4(table):
-    ratios = claim4_ratios(table)
+    ratios = efficiency.claim4_ratios(table)
     assert list(ratios)[:6] == ["comparison", "quantity", "system", "decoding", "count", "batch"]
     assert set(ratios["quantity"]) == {"encoding", END_TO_END} and (ratios["unit"] == "times").all()
     assert "PromptReps N=3 / N=1, as answered, batch 3, end to end" in set(ratios["comparison"])
@@ -128,7 +113,7 @@ def test_claim_4(table):
         ways = set(zip(own["system"], own["decoding"], own["count"], own["used"]))
         unused = {("DiffRetriever", "", 2, False), ("PromptReps", FORCED, 3, False)}
         assert ways >= unused | {("PromptReps", ANSWERED, 3, True), ("PromptReps", FORCED, 4, True)}
-    text = in_words(ratios)
+    text = efficiency.in_words(ratios)
     for quantity, batch in (("encoding", 1), (END_TO_END, 3)):
         own = ratios[(ratios["batch"] == batch) & (ratios["quantity"] == quantity)]
         for way in (["DiffRetriever", "", 2], ["PromptReps", ANSWERED, 3], ["PromptReps", FORCED, 3]):
@@ -149,7 +134,7 @@ def test_interval_of_a_median():
 def test_search_latency_and_what_does_not_fit(study, monkeypatch):
     memory = namedtuple("Memory", "available")(10**9)
     monkeypatch.setattr(efficiency.psutil, "virtual_memory", lambda: memory)
-    searched = search_latency(study, (2, 4))
+    searched = efficiency.search_latency(study, (2, 4))
     assert searched[["index", "vectors", "passages"]].to_numpy().tolist() == [
         ["dense, single (faiss)", 100, 100], ["sparse", 100, 100], ["MaxSim", 100, 25],
         ["dense, single (faiss)", 10**9, 10**9], ["MaxSim", 10**9, 25 * 10**7],
@@ -192,7 +177,7 @@ def test_effectiveness_beside_latency(table):
             for t, s, m, v, k in cells for c, d in (("one", 0.1), ("two", -0.1), ("left out", 9.0))]  # fmt: skip
     columns = ["training", "system", "mode", "k_query", "k_passage", "collection", "value"]
     frame = pd.DataFrame(rows, columns=columns).assign(metric="ndcg@10")
-    placed = effectiveness_latency(table, frame, ["one", "two"]).set_index(["training", "system"])
+    placed = efficiency.effectiveness_latency(table, frame, ["one", "two"]).set_index(["training", "system"])
     expected = {(t, s): v for t, s, m, v, _ in cells if m != "sparse" and "text" not in s and v != 0.1}
     assert placed["ndcg"].to_dict() == pytest.approx(expected)
     ms = table[(table["side"] == "query") & (table["batch"] == 1)].set_index([*KEYS[:3], *KEYS[4:6]])["value"]

@@ -44,7 +44,7 @@ FULL = 3  # exit status of a pass that ends with a StorageError of one line
 
 def make_profile(folder: Path) -> None:
     """A profile of two small collections."""
-    from tests.test_study import beir
+    from tests.tiny import beir
 
     train, test = (beir(folder, name, seed) for seed, name in enumerate(("mine-train", "mine-test")))
     profile, whole = load_profile("smoke").model_dump(), {"queries": None, "passages": None, "hard": 0}

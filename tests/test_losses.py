@@ -25,11 +25,6 @@ SYSTEMS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("tiny")
-
-
 def trainable(folder, system: str):
     kind, options = SYSTEMS[system]
     backbone = tiny_backbone(folder, kind.family)

@@ -17,6 +17,7 @@ from diffret_lib.models.backbones import get_backbone
 from diffret_lib.retrieval.streaming import SEGMENT_TEXTS
 from scripts import plan as planning
 from scripts.plan import PROMPT_TOKENS, SIZES, check, plan
+from tests.tiny import write_beir
 
 PROFILES = ["nano", "paper", "paper-llada"]
 SPEED = 4e14  # operations a second
@@ -117,11 +118,7 @@ def test_the_plan_of_the_paper(monkeypatch):
 
 def test_what_is_here_is_taken_as_it_is(tmp_path, monkeypatch):
     """A folder of DIFFRET_DATA in place of the published sizes."""
-    folder = tmp_path / "nano" / "scifact"
-    (folder / "qrels").mkdir(parents=True)
-    (folder / "corpus.jsonl").write_text('{"_id": "a", "text": "x"}\n{"_id": "b", "text": "y"}\n')
-    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "x"}\n')
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t1\n")
+    write_beir(tmp_path / "nano" / "scifact", {"a": "x", "b": "y"}, {"q": "x"}, {"q": {"a": 1}})
     profile = load_profile("nano")
     before, name = plan(profile).table.set_index("part"), "DiffEmbed, zero-shot"
     monkeypatch.setenv("DIFFRET_DATA", str(tmp_path))

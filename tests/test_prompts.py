@@ -20,11 +20,6 @@ def written_prompt(side: str, few: bool) -> tuple[str, str]:
     return left, right
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("side", ["query", "passage"])
 def test_prompt_word_for_word(tokenizer, side, few):
@@ -78,16 +73,13 @@ def test_texts_of_any_kind_are_tokenised(tokenizer):
     assert encode_plain(tokenizer, []) == []
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("The heap, THE Heap; and a tree!", ["heap", "tree"]),
-        ("Return 2 arrays of shape (n, 10)", ["return", "2", "arrays", "shape", "n", "10"]),
-        ("snake_case-name's", ["snake", "case", "s"]),
-        ("Ärger in 東京", ["ärger", "東京"]),
-        ("the and of ... !?", []),
-        ("", []),
-    ],
-)
+@pytest.mark.parametrize(("text", "words"), [
+    ("The heap, THE Heap; and a tree!", ["heap", "tree"]),
+    ("Return 2 arrays of shape (n, 10)", ["return", "2", "arrays", "shape", "n", "10"]),
+    ("snake_case-name's", ["snake", "case", "s"]),
+    ("Ärger in 東京", ["ärger", "東京"]),
+    ("the and of ... !?", []),
+    ("", []),
+])  # fmt: skip
 def test_content_words(text, words):
     assert list(content_words(text)) == words

@@ -152,10 +152,8 @@ def test_passages_of_a_package(toy: str) -> None:
         "toypkg.freeze", "toypkg.melt", "toypkg.shapes.Base.area", "toypkg.shapes.Circle",
         "toypkg.shapes.Circle.edge",
     }  # fmt: skip
-    freeze = docs["passages"]["toypkg.freeze"]
-    assert freeze == (
-        FILLER.format("freeze words about it") + "\n\nParameters\nx : int\nDegrees, see melt."
-    )
+    freeze = FILLER.format("freeze words about it") + "\n\nParameters\nx : int\nDegrees, see melt."
+    assert docs["passages"]["toypkg.freeze"] == freeze
     assert "Words of the note." in docs["passages"]["toypkg.melt"]
     everything = " ".join(docs["passages"].values())
     for left_out in ("EXAMPLEOUTPUT", "REFERENCETEXT", "PLOTCODE", "1.2", "Turn ice", "Turns ice", "versionadded"):
@@ -279,13 +277,7 @@ def test_splits_share_no_passage_and_divide_no_group() -> None:
     assert parts["dev"].name == "pydocs/pandas-dev" and parts["dev"].coverage == "whole"
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch) -> Path:
-    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def test_material_is_an_entry(cache: Path, tmp_path: Path, monkeypatch) -> None:
+def test_material_is_an_entry(own_cache: Path, tmp_path: Path, monkeypatch) -> None:
     built = []
 
     def run(command: list[str], **options: object) -> subprocess.CompletedProcess:
@@ -306,21 +298,21 @@ def test_material_is_an_entry(cache: Path, tmp_path: Path, monkeypatch) -> None:
     assert found.description == "docstrings of pandas 3.1, train split"
     with pytest.raises(ValueError, match="pydocs/pandas-dev.*version 3.1 has the fingerprint .*recorded is .*'other'"):
         load_collection("pydocs/pandas-dev")
-    assert len([p for p in (cache / "docstrings").iterdir() if p.is_dir()]) == 1 and built == ["pandas"]
+    assert len([p for p in (own_cache / "docstrings").iterdir() if p.is_dir()]) == 1 and built == ["pandas"]
     monkeypatch.setattr(pydocs, "version_of", lambda package: "3.2")
     with pytest.warns(UserWarning, match="built from version 3.2, but the recorded collection from 3.1"):
         load_collection("pydocs/pandas-dev")
     assert built == ["pandas", "pandas"]
 
 
-def test_a_package_that_is_not_installed_or_cannot_be_built(cache: Path, monkeypatch) -> None:
+def test_a_package_that_is_not_installed_or_cannot_be_built(own_cache: Path) -> None:
     with pytest.raises(ModuleNotFoundError, match="no-such-package"):
         pydocs.material("no-such-package")
     with pytest.raises(RuntimeError, match="(?s)building pydocs/pytest failed:.*KeyError: 'pytest'"):
         pydocs.material("pytest")
 
 
-def test_networkx_is_as_recorded(cache: Path) -> None:
+def test_networkx_is_as_recorded(own_cache: Path) -> None:
     """A real package, built in a fresh interpreter."""
     recorded = json.loads(pydocs.FINGERPRINTS.read_text())
     assert list(recorded) == list(PYDOCS)

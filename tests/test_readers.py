@@ -326,22 +326,6 @@ def test_one_pass_with_gradients_reads_what_decoding_reads(autoregressive, passe
     assert (n, side) != (6, "passage") or len(lengths.unique()) > 1  # some decode less than others
 
 
-def test_gradients_reach_the_model(folders):
-    """Training needs the graph through the prefix as well."""
-    for family, build in (
-        ("diffusion", lambda b: masked(b, k_passage=2)),
-        ("autoregressive", lambda b: next_tokens(b, max_vectors=3)),
-    ):
-        backbone = tiny_backbone(folders[family], family)
-        backbone.model.requires_grad_(True)
-        reader = build(backbone).train()
-        out = reader(reader.preprocess(["a heap", "a sorted array"], task="passage"))
-        (out["token_embeddings"].sum() + out["sentence_embedding"].sum()).backward()
-        grads = [p.grad for p in backbone.model.parameters()]
-        assert all(g is not None and torch.isfinite(g).all() for g in grads)
-        assert any(g.any() for g in grads)
-
-
 def test_vectors_are_read_on_their_device(diffusion, monkeypatch):
     reader = MaskedPositions(diffusion.model, diffusion.tokenizer, mask_id=diffusion.mask_id)
     size = reader.vocab_size
@@ -396,26 +380,19 @@ def test_a_folder_without_a_reader(tmp_path):
         MaskedPositions.load(str(tiny_folder(tmp_path / "plain")))
 
 
-IR = (
-    {"q1": "priority queue", "q2": "sorted array"},
-    {"d1": TEXTS[1], "d2": TEXTS[0], "d3": TEXTS[3]},
-    {"q1": {"d1"}, "q2": {"d2"}},
-)
-
-
 def test_evaluators_of_sentence_transformers(diffusion):
     reader = masked(diffusion, k_query=2, k_passage=2)
-    common = {"accuracy_at_k": [1], "precision_recall_at_k": [1], "mrr_at_k": [10], "ndcg_at_k": [10], "map_at_k": [10]}
-    dense = MultiVectorInformationRetrievalEvaluator(*IR, name="tiny", **common)
-    found = dense(MultiVectorEncoder(modules=[reader], device="cpu"))
+    queries, passages = {"q1": "priority queue", "q2": "sorted array"}, {"d1": TEXTS[1], "d2": TEXTS[0], "d3": TEXTS[3]}
+    task = queries, passages, {"q1": {"d1"}, "q2": {"d2"}}
+    found = MultiVectorInformationRetrievalEvaluator(*task)(MultiVectorEncoder(modules=[reader], device="cpu"))
     value = next(v for k, v in found.items() if k.endswith("ndcg@10"))
-    q = [v for v, _ in read(reader, list(IR[0].values()), "query")]
-    d = [v for v, _ in read(reader, list(IR[1].values()), "passage")]
+    q = [v for v, _ in read(reader, list(queries.values()), "query")]
+    d = [v for v, _ in read(reader, list(passages.values()), "passage")]
     gains = []
     for qi, right in ((0, 0), (1, 1)):
         scores = [float((q[qi] @ p.T).max(1).values.sum()) for p in d]
         gains.append(1 / math.log2(2 + sorted(scores, reverse=True).index(scores[right])))
     assert value == pytest.approx(np.mean(gains))
-    sparse = SparseInformationRetrievalEvaluator(*IR, name="tiny", **common)
-    found = sparse(SparseEncoder(modules=[reader], device="cpu", similarity_fn_name="dot"))
+    encoder = SparseEncoder(modules=[reader], device="cpu", similarity_fn_name="dot")
+    found = SparseInformationRetrievalEvaluator(*task)(encoder)
     assert 0 < next(v for k, v in found.items() if k.endswith("ndcg@10")) <= 1

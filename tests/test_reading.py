@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import ast
-import json
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -18,7 +17,7 @@ from diffret_lib.retrieval.metrics import per_query
 from diffret_lib.retrieval.representations import Representations
 from diffret_lib.retrieval.search import search
 from diffret_lib.retrieval.systems import BM25, DiffRetriever, PromptReps
-from tests.tiny import tiny_backbone
+from tests.tiny import write_beir
 
 TEXTS = ["A heap is a binary tree.", "Return a sorted copy of an array.", "Compute the eigenvalues.", "Tea is a drink."]
 QUERIES = ["eigenvalues of tea", "heap"]
@@ -28,18 +27,13 @@ NOTEBOOK = CHECKOUT / "notebooks" / "90_explore.ipynb"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("tiny")
-
-
-@pytest.fixture(scope="module")
-def retriever(folder) -> DiffRetriever:
-    return DiffRetriever(tiny_backbone(folder), k_query=3, k_passage=4)
+def retriever(diffusion) -> DiffRetriever:
+    return DiffRetriever(diffusion, k_query=3, k_passage=4)
 
 
 @pytest.mark.parametrize("system", ["diffusion", "autoregressive"])
-def test_alignment_adds_up_to_maxsim(folder, retriever, system):
-    r = retriever if system == "diffusion" else PromptReps(tiny_backbone(folder, system), max_vectors=4)
+def test_alignment_adds_up_to_maxsim(retriever, autoregressive, system):
+    r = retriever if system == "diffusion" else PromptReps(autoregressive, max_vectors=4)
     query = "priority queue"
     queries, passages = r.encode_queries([query], progress=False), r.encode_passages(TEXTS, progress=False)
     scores, indices = search(queries, passages, ["maxsim"], len(TEXTS))["maxsim"]
@@ -64,14 +58,8 @@ def test_rows_and_columns_are_named_by_position_and_word(retriever):
 
 
 @pytest.fixture
-def study(folder, tmp_path, monkeypatch) -> Study:
-    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
-
-    def load(name, *, dtype):
-        return tiny_backbone(folder, "diffusion" if "diffusion" in name else "autoregressive")
-
-    monkeypatch.setattr("diffret_lib.experiments.study.load_backbone", load)
-    return Study(load_profile("smoke"))
+def study(own_cache, diffusion, autoregressive) -> Study:
+    return Study(load_profile("smoke"), {"diffusion": diffusion, "autoregressive": autoregressive})
 
 
 @pytest.fixture
@@ -177,18 +165,12 @@ def test_figure_marks_the_row_maxima_of_centred_rows(retriever):
     plt.close(fig)
 
 
-def test_notebook_runs_and_reacts(folder, tmp_path, monkeypatch):
+def test_notebook_runs_and_reacts(own_cache, diffusion, tmp_path, monkeypatch):
     """The notebook's cells, on a tiny backbone and a tiny collection: from top to bottom, then something is chosen."""
-    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("diffret_lib.experiments.study.load_backbone", lambda name, *, dtype: tiny_backbone(folder))
-    beir = tmp_path / "mine"
-    (beir / "qrels").mkdir(parents=True)
-    corpus = zip(COLLECTION.passage_ids, COLLECTION.passages, strict=True)
-    (beir / "corpus.jsonl").write_text("".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in corpus))
-    (beir / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "heap"}) + "\n")
-    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t1\n")
-    given = {"profile": "smoke", "collection": str(beir), "results_root": str(tmp_path)}
-    given |= {"pair": (4, 4)}
+    monkeypatch.setattr("diffret_lib.experiments.study.load_backbone", lambda name, *, dtype: diffusion)
+    passages = dict(zip(COLLECTION.passage_ids, COLLECTION.passages, strict=True))
+    beir = write_beir(tmp_path / "mine", passages, {"q": "heap"}, {"q": {"a": 1}})
+    given = {"profile": "smoke", "collection": beir, "results_root": str(tmp_path), "pair": (4, 4)}
     space: dict = {"__name__": "__main__"}
     shown: list = []
     monkeypatch.setattr("IPython.display.display", lambda *objects, **_: shown.extend(objects))

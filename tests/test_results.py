@@ -14,14 +14,7 @@ from diffret_lib.cache import _MACHINE, StorageError
 from diffret_lib.config import CHECKOUT, load_profile
 from diffret_lib.environment import hardware, versions
 from diffret_lib.report import results as module
-from diffret_lib.report.results import (
-    Results,
-    default_root,
-    paper_against_ours,
-    readable,
-    set_style,
-    telling_collections,
-)
+from diffret_lib.report.results import Results, default_root, paper_against_ours, readable, telling_collections
 
 
 @pytest.fixture
@@ -113,19 +106,16 @@ def test_intervals_marks_and_p():
 
 
 def wide() -> pd.DataFrame:
-    rows = [("zero-shot", "X single", "dense", 0.5, 0.4, 0.6), ("zero-shot", "X multi", "dense", 0.625, 0.5, 0.75),
-            ("fine-tuned", "X multi", "dense", 0.75, 0.9, 0.6)]  # fmt: skip
-    return pd.DataFrame(rows, columns=["training", "system", "mode", "macro", "one", "two"])[
-        ["training", "system", "mode", "one", "two", "macro"]
-    ]
+    rows = [("zero-shot", "X single", "dense", 0.4, 0.6, 0.5), ("zero-shot", "X multi", "dense", 0.5, 0.75, 0.625),
+            ("fine-tuned", "X multi", "dense", 0.9, 0.6, 0.75)]  # fmt: skip
+    return pd.DataFrame(rows, columns=["training", "system", "mode", "one", "two", "macro"])
 
 
 def test_effectiveness(results):
     intervals = wide()[["training", "system", "mode"]].assign(value=0.5, low=0.25, high=0.875)[::-1]
     pairs = [("X multi", "X single"), ("X multi, fine-tuned", "X multi"), ("X single", "X multi")]
-    comparisons = pd.DataFrame(pairs, columns=["better", "than"]).assign(
-        mode="dense", reading=["better", "better", "worse"]
-    )
+    about = {"mode": "dense", "reading": ["better", "better", "worse"]}
+    comparisons = pd.DataFrame(pairs, columns=["better", "than"]).assign(**about)
     results.effectiveness(wide(), "e", "nDCG@10.", intervals, comparisons)
     saved = pd.read_csv(results.tables / "e.csv")
     assert list(saved) == ["training", "system", "mode", "macro", "low", "high", "one", "two"]
@@ -199,7 +189,7 @@ def test_a_table_without_rows(results):
 
 
 def test_figures_are_the_same_bytes_again(results):
-    set_style()
+    module.set_style()
     found = []
     for _ in range(2):
         figure, axes = plt.subplots()

@@ -40,6 +40,7 @@ EDGE = {
     "chat tokens": '<|im_end|>\n<|im_start|>assistant\nThe word is: "<file_sep><|endoftext|>',
     "stop words": "the and of",
 }
+pytestmark = pytest.mark.usefixtures("own_cache")
 SYSTEMS = {
     "DiffRetriever, 1": lambda d, a, **o: DiffRetriever(d, k_query=1, k_passage=1, **o),
     "DiffRetriever, 2 and 4": lambda d, a, **o: DiffRetriever(d, k_query=2, k_passage=4, **o),
@@ -51,26 +52,6 @@ SYSTEMS = {
     "RepLLaMA": lambda d, a, **o: RepLLaMA(a, **o),
     "BM25": lambda d, a, **o: BM25(),
 }
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DIFFRET_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("tiny")
-
-
-@pytest.fixture(scope="module")
-def diffusion(folder) -> LoadedBackbone:
-    return tiny_backbone(folder, "diffusion")
-
-
-@pytest.fixture(scope="module")
-def autoregressive(folder) -> LoadedBackbone:
-    return tiny_backbone(folder, "autoregressive")
 
 
 @pytest.fixture(params=SYSTEMS)
@@ -168,27 +149,22 @@ def test_backbones_and_options_that_do_not_fit(diffusion, autoregressive):
         DiffRetriever(diffusion).encode_counts(["heap"], "query", [1, 2])
     with pytest.raises(ValueError, match="tiny-diffusion takes 512"):
         DiffRetriever(diffusion, shared_text=True).encode_counts(["heap"], "query", [1, 500])
-    for make, options in (
-        (DiffRetriever, {"k_query": 2**31 - 1}), (DiffRetriever, {"k_query": 500}),
-        (DiffRetriever, {"max_passage_tokens": 500}),
-    ):  # fmt: skip
+    for options in {"k_query": 2**31 - 1}, {"k_query": 500}, {"max_passage_tokens": 500}:
         with pytest.raises(ValueError, match="tiny-diffusion takes 512"):
-            make(diffusion, **options)
+            DiffRetriever(diffusion, **options)
     with pytest.raises(ValueError, match="tiny-autoregressive takes 512"):
         PromptReps(autoregressive, max_vectors=400)
     assert MeanPooledAR(autoregressive, max_passage_tokens=511).reader.max_passage_tokens == 511
 
 
-def test_on_another_backbone_and_with_other_options(diffusion, folder):
+def test_on_another_backbone_and_with_other_options(diffusion, tmp_path):
     retriever = DiffRetriever(diffusion, k_query=2, k_passage=4, batch_tokens=99)
     other = retriever.on(k_passage=8, max_query_tokens=9)
     assert other.backbone is diffusion and other.batch_tokens == 99
     assert (other.reader.k_query, other.reader.k_passage, other.reader.max_query_tokens) == (2, 8, 9)
-    moved = retriever.on(tiny_backbone(folder / "other", "diffusion", seed=1))
+    moved = retriever.on(tiny_backbone(tmp_path, "diffusion", seed=1))
     assert moved.reader.k_passage == 4 and moved.fingerprint("query") != retriever.fingerprint("query")
-    queries, passages = (
-        r.encode(["heap"], side, progress=False) for r, side in ((retriever, "query"), (moved, "passage"))
-    )
+    queries, passages = retriever.encode_queries(["heap"]), moved.encode_passages(["heap"])
     with pytest.raises(ValueError, match="cannot be compared"):
         retriever.search(queries, passages)
     retriever.search(queries, other.encode_passages(["heap"], progress=False))  # K may differ

@@ -11,16 +11,7 @@ import pytest
 
 from diffret_lib.data import training_text
 from diffret_lib.data.docstrings import docstrings
-from diffret_lib.data.training_text import (
-    Text,
-    clean,
-    held_out_english,
-    held_out_texts,
-    read_deb,
-    read_installed,
-    read_wheel,
-    training_texts,
-)  # fmt: skip
+from diffret_lib.data.training_text import Text, clean, held_out_english, held_out_texts, read_installed, read_wheel
 
 #: Thirteen words; a run of them in a collection and in another text is a leak.
 SHARED = "one two three four five six seven eight nine ten eleven twelve thirteen"
@@ -77,7 +68,7 @@ def packages(tmp_path, monkeypatch):
 def read(wheels: Path, **options) -> list[Text]:
     """Texts of that world."""
     names = ("dr_good", "dr.frames", "dr-kept-out", "dr-not-installed")
-    return training_texts(wheels, packages=names, standard_library=False, **options)
+    return training_text.training_texts(wheels, packages=names, standard_library=False, **options)
 
 
 def test_lists_do_not_overlap():
@@ -212,7 +203,8 @@ def test_debian_package(tmp_path, packages):
     prose = [f"{FILLER['good']} This is text number {i} of the manual." for i in range(5)]
     files = {
         "doc/a.txt": prose[0], "doc/b.html": f"<html><body><p>{prose[1]}</p></body></html>", "doc/d.png": prose[0],
-        "doc/changelog.txt": prose[0], "doc/html/fr-FR/e.html": f"<p>{prose[0]} fr</p>", "doc/c.pod": f"=head1 {prose[2]}",
+        "doc/changelog.txt": prose[0], "doc/html/fr-FR/e.html": f"<p>{prose[0]} fr</p>",
+        "doc/c.pod": f"=head1 {prose[2]}",
         "dict/w.dict.dz": f"Heap \\Heap\\, n.\n   {prose[3]} [1913 Webster]\nTree\n   {{Oak}}. {prose[4]}\n",
     }  # fmt: skip
     root = tmp_path / "root"
@@ -221,10 +213,11 @@ def test_debian_package(tmp_path, packages):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(gzip.compress(text.encode()) if name.endswith("dz") else text.encode())
     (root / "DEBIAN").mkdir()
-    (root / "DEBIAN/control").write_text("Package: dr-manual\nVersion: 1\nArchitecture: all\nMaintainer: x\nDescription: x\n")
+    control = {"Package": "dr-manual", "Version": "1", "Architecture": "all", "Maintainer": "x", "Description": "x"}
+    (root / "DEBIAN/control").write_text("".join(f"{key}: {value}\n" for key, value in control.items()))
     deb = packages / "dr-manual_1_all.deb"
     subprocess.run(["dpkg-deb", "--build", str(root), str(deb)], check=True, capture_output=True)
-    texts = read_deb(deb)
+    texts = training_text.read_deb(deb)
     assert [t.text for t in texts if "dict" not in t.origin] == prose[:3]
     (entry,) = [t.text for t in texts if "dict" in t.origin]
     assert entry == f"Heap , n.\n   {prose[3]}\n\nTree\n   Oak. {prose[4]}"

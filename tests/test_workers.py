@@ -52,11 +52,8 @@ def content(cache: Path) -> dict[str, bytes]:
 
 
 def actors() -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any("(Worker)" in word for word in process.info["cmdline"] or ()):
-            found.append(process)
-    return found
+    processes = psutil.process_iter(["cmdline"])
+    return [p for p in processes if any("(Worker)" in word for word in p.info["cmdline"] or ())]
 
 
 def test_two_workers_of_which_one_is_killed(cluster, tmp_path, monkeypatch):
@@ -90,14 +87,9 @@ def test_two_workers_of_which_one_is_killed(cluster, tmp_path, monkeypatch):
     cluster("alone")
     monkeypatch.setenv(workers.WORKERS, "")
     streamed = streaming.stream(retriever, TEXTS[:3], TEXTS, ["mean"], 9)["mean"]
-    whole = search(
-        *(
-            retriever.encode(t, side, cached=True, progress=False)
-            for t, side in ((TEXTS[:3], "query"), (TEXTS, "passage"))
-        ),
-        ["mean"],
-        9,
-    )["mean"]
+    sides = (TEXTS[:3], "query"), (TEXTS, "passage")
+    encoded = [retriever.encode(texts, side, cached=True, progress=False) for texts, side in sides]
+    whole = search(*encoded, ["mean"], 9)["mean"]
     assert all((a == b).all() and (a == c).all() for a, b, c in zip(apart, streamed, whole, strict=True))
     cluster("several", 2)
     queries, counts = TEXTS[: SHARD_TEXTS + 1], [1, 2]

@@ -1,9 +1,12 @@
-"""Small random backbones for the tests: real architecture, tokenizer and chat template, no network."""
+"""Small random backbones (real architecture, tokenizer and chat template) and texts for the tests, no network."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -12,8 +15,8 @@ from diffret_lib.models.backbones import Backbone, LoadedBackbone, load_backbone
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>"]
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
+    "'\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SENTENCES = [
     "You are an AI assistant that can understand human language.",
@@ -24,6 +27,7 @@ SENTENCES = [
     "Return a sorted copy of an array along the given axis.",
     "system user assistant Passage Query The word is",
 ]
+WORDS = ["heap", "tree", "array", "axis", "sorted copy", "eigenvalues", "square", "parent", "children", "queue"]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -31,21 +35,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=SPECIAL,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
+    options = {"initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet()), "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, **options)
     tokenizer.train_from_iterator(SENTENCES, trainer)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        additional_special_tokens=SPECIAL[3:],
-    )
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
+        unk_token="<|endoftext|>", additional_special_tokens=SPECIAL[3:],
+    )  # fmt: skip
     wrapped.chat_template = CHATML
     return wrapped
 
@@ -53,19 +49,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
     """A random Llama: 2 layers, hidden size 32, tied embeddings; far enough from zero to predict varied tokens."""
     config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).eval()
@@ -91,3 +78,33 @@ def tiny_backbone(folder: Path, family: str = "diffusion", seed: int = 0) -> Loa
     if not (folder / "config.json").exists():
         tiny_folder(folder, seed)
     return load_backbone(tiny_spec(folder, family), dtype="float32", device="cpu")
+
+
+def random_texts(seed: int, n: int) -> list[str]:
+    """Different texts of random words."""
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, 6)) + f" {i}." for i in range(n)]
+
+
+def write_beir(
+    folder: Path, passages: Mapping[str, str], queries: Mapping[str, str], judged: Mapping[str, Mapping[str, int]]
+) -> str:
+    """A BEIR folder of texts and judgements by their ids."""
+    (folder / "qrels").mkdir(parents=True)
+    for name, texts in (("corpus", passages), ("queries", queries)):
+        lines = [json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items()]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    rows = [f"{query}\t{passage}\t{grade}\n" for query, row in judged.items() for passage, grade in row.items()]
+    (folder / "qrels" / "test.tsv").write_text("".join(["query-id\tcorpus-id\tscore\n", *rows]))
+    return str(folder)
+
+
+def beir(folder, name: str, seed: int, passages: int = 8) -> str:
+    """A BEIR folder: passages of random words, 5 queries out of one of them each."""
+    texts = {f"p{i}": text for i, text in enumerate(random_texts(seed, passages))}
+    queries = {f"q{i}": " ".join(texts[f"p{i}"].split()[:2]) for i in range(5)}
+    return write_beir(folder / name, texts, queries, {f"q{i}": {f"p{i}": 1, f"p{i + 1}": 1} for i in range(5)})
+
+
+def whole(path: str) -> dict:
+    return {"collection": path, "queries": None, "passages": None}
