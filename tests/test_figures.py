@@ -47,6 +47,13 @@ def legible(fig: Figure) -> None:
         assert min(wide, high) < 2, f"{one!r} on {other!r}"
 
 
+def labelled(fig: Figure) -> None:
+    """Every axis says what it shows."""
+    for ax in fig.axes:
+        names = [label.get_text() for label in ax.get_yticklabels()]
+        assert ax.get_xlabel() and (ax.get_ylabel() or any(len(n) > 3 and n[0].isalpha() for n in names))
+
+
 def grid() -> pd.DataFrame:
     cells = product(("dense", "mean", "sparse", "hybrid"), (1, 2, 4), (1, 2, 4), COLLECTIONS)
     rows = [(m, q, p, c, "ndcg@10", 0.1 * q + 0.01 * p) for m, q, p, c in cells]
@@ -120,13 +127,16 @@ def test_oracle():
 
 def test_chance():
     fig = figures.chance_levels(np.linspace(0.01, 0.03, 100), 0.04)
-    legible(fig)
+    legible(fig), labelled(fig)
     assert fig.axes[0].lines[0].get_xdata() == [0.04, 0.04]
     (label,), bars = fig.axes[0].texts, fig.axes[0].get_window_extent()
     assert label.get_window_extent().y0 >= bars.y1  # it lies on no bar
     legible(figures.distribution(pd.DataFrame(np.eye(3) * 33, [1, 2, 4], [1, 2, 4])))
     rows = pd.DataFrame({"collection": [*COLLECTIONS, "macro"], "selected": 0.5, "adaptive": 0.55, "oracle_kq": 0.6})
-    legible(figures.allocator(rows))
+    fig = figures.allocator(rows)
+    legible(fig), labelled(fig)
+    names = [label.get_text() for label in fig.axes[0].get_yticklabels()]
+    assert names == ["scikit-learn", "beir/scifact", "networkx", "macro"]
 
 
 def test_claims():

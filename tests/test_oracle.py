@@ -4,7 +4,6 @@ from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,23 +11,8 @@ from sklearn.metrics import ndcg_score
 
 from diffret_lib.experiments import oracle
 from diffret_lib.experiments.comparison import PAIR, QUERY, per_query_best
-from diffret_lib.experiments.oracle import (
-    QueryScores,
-    Twins,
-    grid_scores,
-    ndcg,
-    oracle_answer,
-    oracle_chance,
-    oracle_queries,
-    oracle_table,
-    pair_distribution,
-    random_twins,
-    read_fine_tuned,
-    twin_levels,
-)
-from diffret_lib.report import figures
+from diffret_lib.experiments.oracle import QueryScores, grid_scores, ndcg, oracle_chance, oracle_queries, random_twins
 from tests.test_comparison import frame, held_out
-from tests.test_study import labelled, world  # noqa: F401  (a fixture)
 
 K_GRID = (1, 2, 4)
 PAIRS = list(product(K_GRID, repeat=2))
@@ -62,7 +46,7 @@ def estimates(kind: str, seed: int = 0) -> pd.DataFrame:
     return table.set_index(["reference", "kind"])
 
 
-def made(values: dict[str, np.ndarray], drawn: dict[str, np.ndarray]) -> Twins:
+def made(values: dict[str, np.ndarray], drawn: dict[str, np.ndarray]) -> oracle.Twins:
     """Twins of two numbers of masks a side, from given values."""
     pairs = pd.MultiIndex.from_product([(1, 2), (1, 2)])
     return {c: (pd.DataFrame(v, [f"q{i}" for i in range(len(v))], pairs), drawn[c]) for c, v in values.items()}
@@ -89,9 +73,8 @@ def test_of_equal_scores_the_first_passage_stands_first():
     assert ndcg(scores, np.array([0, -1.0, 0])).tolist() == [0, 0, 0]  # nothing is relevant
 
 
-def test_scores_of_a_study_rank_as_its_grid(world):  # noqa: F811
+def test_scores_of_a_study_rank_as_its_grid(s):
     """Judged passages that are not there count in the ideal ranking."""
-    s, _ = world
     whole = s.test_collections[0]
     lacking = replace(whole, missing=("gone",), qrels={q: judged | {"gone": 1} for q, judged in whole.qrels.items()})
     for collection in (*s.test_collections, lacking):
@@ -107,8 +90,7 @@ def test_scores_of_a_study_rank_as_its_grid(world):  # noqa: F811
     assert 0 < found.max() < 1
 
 
-def test_passages_that_a_pair_does_not_retrieve_have_its_least_score(world, monkeypatch):  # noqa: F811
-    s, _ = world
+def test_passages_that_a_pair_does_not_retrieve_have_its_least_score(s, monkeypatch):
     collection = s.test_collections[0]
     whole = grid_scores(s, collection)
     monkeypatch.setattr(s, "profile", s.profile.model_copy(update={"top_k": 3}))
@@ -205,7 +187,7 @@ def test_without_differences_there_is_nothing_to_find():
     twins = made({"c": values, "d": values}, {"c": np.stack([values] * 9), "d": np.stack([values] * 9)})
     table = oracle_chance(oracle_queries(twins, (2, 2)), twins, ["c", "d"], resamples=50)
     assert np.allclose(table[["value", "low", "high"]], 0) and (table["p"] == 1).all()
-    assert "queries), not clearly above zero." in oracle_answer(table)
+    assert "queries), not clearly above zero." in oracle.oracle_answer(table)
 
 
 # -- fine-tuning and tables ------------------------------------------------------------------------------------
@@ -235,7 +217,7 @@ def test_fine_tuning_and_the_collections_that_are_asked_for():
 def test_oracle_table():
     values = {"c": np.array([[0.5, 0.8], [0.2, 0.6], [0.0, 0.5], [0.1, 0.1]]).repeat(2, 1)}
     queries = oracle_queries(made(values, {"c": values["c"][None] * 0}), (2, 2), fine_tuned=tuned([0.9, 1, 0.5, 0.4]))
-    macro, row = oracle_table(queries, ["c"], resamples=200).itertuples(index=False)
+    macro, row = oracle.oracle_table(queries, ["c"], resamples=200).itertuples(index=False)
     assert macro[1:] == pytest.approx(row[1:]) and macro.collection == "macro"  # of one collection
     row = pd.Series(row._asdict())
     names = ["single", "selected", "fine_tuned", "best_fixed", "oracle", "headroom", "chance", "tied"]
@@ -244,44 +226,38 @@ def test_oracle_table():
 
 
 def test_fine_tuned_values_of_the_evaluation(tmp_path):
-    path, study = (
-        tmp_path / "per_query.csv",
-        SimpleNamespace(selected=(2, 2), profile=SimpleNamespace(grid_sample=None)),
-    )
-    assert read_fine_tuned(study, path) is None
+    path, profile = tmp_path / "per_query.csv", SimpleNamespace(grid_sample=None)
+    study = SimpleNamespace(selected=(2, 2), profile=profile)
+    assert oracle.read_fine_tuned(study, path) is None
     rows = pd.DataFrame({"collection": "c", "query_id": ["001", "null"], "value": [0.1, 0.2], "metric": "ndcg@10",
                          "system": "DiffRetriever multi", "training": "fine-tuned", "mode": "hybrid", "k_query": 2,
                          "k_passage": 2})  # fmt: skip
     others = [rows.assign(**{c: v}) for c, v in (("training", "zero-shot"), ("system", "DiffEmbed"), ("mode", "dense"))]
     pd.concat([rows, *others]).to_csv(path, index=False)
-    found = read_fine_tuned(study, path)
+    found = oracle.read_fine_tuned(study, path)
     assert found.to_dict() == {("c", "001"): 0.1, ("c", "null"): 0.2}
     study.selected = (4, 2)
-    assert read_fine_tuned(study, path) is None
-    study.selected, study.profile.grid_sample = (2, 2), {"queries": 2}  # the grid is on other passages
-    assert read_fine_tuned(study, path) is None
+    assert oracle.read_fine_tuned(study, path) is None
+    study.selected, profile.grid_sample = (2, 2), {"queries": 2}  # the grid is on other passages
+    assert oracle.read_fine_tuned(study, path) is None
 
 
 def test_distribution_of_the_best_pairs():
     values = {"q1": (0.5, 0.8, 0.8, 0.8), "q2": (1.0, 1.0, 1.0, 1.0), "q3": (0.2, 0.6, 0.4, 0.1), "q4": (0, 0, 1, 0)}
-    shares = pair_distribution(frame(values), [1, 2])
+    shares = oracle.pair_distribution(frame(values), [1, 2])
     # q2, on which all tie, does not count; q1 is shared by three
     np.testing.assert_allclose(shares.to_numpy(), [[0, 400 / 9], [400 / 9, 100 / 9]])
-    nothing = pair_distribution(frame({"q": (1, 1, 1, 1)}), [1, 2])
+    nothing = oracle.pair_distribution(frame({"q": (1, 1, 1, 1)}), [1, 2])
     assert nothing.to_numpy().tolist() == [[0, 0], [0, 0]]
 
 
-def test_from_a_study_to_the_figures(world):  # noqa: F811
-    s, _ = world
+def test_from_a_study_to_the_words(s):
     twins = random_twins({c.name: grid_scores(s, c) for c in s.test_collections}, s.profile.k_grid, draws=9)
     queries = oracle_queries(twins, s.selected)
     best = per_query_best(s.test_grid).groupby("collection")["value"].mean()
-    table = oracle_table(queries, s.out_of_domain, resamples=50)
+    table = oracle.oracle_table(queries, s.out_of_domain, resamples=50)
     np.testing.assert_allclose(table["oracle"][1:], best[table["collection"][1:]])
     assert table["oracle"][0] == pytest.approx(best[s.out_of_domain].mean())
-    labelled(figures.oracle(table))
     chance = oracle_chance(queries, twins, s.out_of_domain, resamples=50)
-    labelled(figures.chance_levels(*twin_levels(twins, s.out_of_domain)))
-    beyond, text = chance.loc[2], oracle_answer(chance)
+    beyond, text = chance.loc[2], oracle.oracle_answer(chance)
     assert f"**{beyond['value']:+.3f}** [{beyond['low']:+.3f}, {beyond['high']:+.3f}]" in text and "nan" not in text
-    plt.close("all")

@@ -14,14 +14,7 @@ from diffret_lib.cache import _MACHINE, StorageError
 from diffret_lib.config import CHECKOUT, load_profile
 from diffret_lib.environment import hardware, versions
 from diffret_lib.report import results as module
-from diffret_lib.report.results import (
-    Results,
-    default_root,
-    paper_against_ours,
-    readable,
-    set_style,
-    telling_collections,
-)
+from diffret_lib.report.results import Results, default_root, paper_against_ours, readable, telling_collections
 
 
 @pytest.fixture
@@ -121,9 +114,8 @@ def wide() -> pd.DataFrame:
 def test_effectiveness(results):
     intervals = wide()[["training", "system", "mode"]].assign(value=0.5, low=0.25, high=0.875)[::-1]
     pairs = [("X multi", "X single"), ("X multi, fine-tuned", "X multi"), ("X single", "X multi")]
-    comparisons = pd.DataFrame(pairs, columns=["better", "than"]).assign(
-        mode="dense", reading=["better", "better", "worse"]
-    )
+    about = {"mode": "dense", "reading": ["better", "better", "worse"]}
+    comparisons = pd.DataFrame(pairs, columns=["better", "than"]).assign(**about)
     results.effectiveness(wide(), "e", "nDCG@10.", intervals, comparisons)
     saved = pd.read_csv(results.tables / "e.csv")
     assert list(saved) == ["training", "system", "mode", "macro", "low", "high", "one", "two"]
@@ -197,7 +189,7 @@ def test_a_table_without_rows(results):
 
 
 def test_figures_are_the_same_bytes_again(results):
-    set_style()
+    module.set_style()
     found = []
     for _ in range(2):
         figure, axes = plt.subplots()
