@@ -147,7 +147,7 @@ def test_values_of_each_query_against_a_loop():
         assert row.chance == pytest.approx(np.mean(rooms))
         assert row.chance_selected == pytest.approx(np.mean([max(draw[q]) - draw[q, 3] for draw in drawn]))
         assert row.chance_kq == pytest.approx(np.mean([max(draw[q, 1], draw[q, 3]) - draw[q, 3] for draw in drawn]))
-    levels, observed = twin_levels(made({"c": values}, {"c": drawn}), ["c"])
+    levels, observed = oracle.twin_levels(made({"c": values}, {"c": drawn}), ["c"])
     assert levels.mean() == pytest.approx(found["chance"].mean()) and len(levels) == 5
     assert observed == pytest.approx((found["oracle"] - found["best_fixed"]).mean())
 
