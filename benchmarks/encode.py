@@ -147,7 +147,7 @@ def _times(times: dict[Row, np.ndarray], passages: int, operations: dict[Row, in
 def ratios(times: dict[Row, np.ndarray], ks: Sequence[int]) -> pd.DataFrame:
     """What the times of :func:`benchmark` (seconds by round) show, beside what is aimed at."""
     dtypes, (least, middle, most) = list(dict.fromkeys(row[0] for row in times)), (ks[0], ks[len(ks) // 2], ks[-1])
-    lines = []
+    ways, lines = {"ours": OURS, "ours compiled": COMPILED}, []
 
     def line(what: str, aim: str, above: np.ndarray, below: np.ndarray) -> None:
         q1, median, q3 = np.quantile(np.asarray(above) / below, [0.25, 0.5, 0.75])
@@ -156,13 +156,12 @@ def ratios(times: dict[Row, np.ndarray], ks: Sequence[int]) -> pd.DataFrame:
     for dtype in dtypes:
         for other in dtypes[: dtypes.index(dtype) + 1]:
             aim = {("float32", "float32"): 2, ("bfloat16", "float32"): 6, ("bfloat16", "bfloat16"): 2.5}[dtype, other]
-            for ours, way in (("ours", OURS), ("ours compiled", COMPILED)):
-                plain = times[other, PLAIN, middle]
+            plain = times[other, PLAIN, middle]
+            for ours, way in ways.items():
                 line(f"plain {other} / {ours} {dtype}, K={middle}", f">= {aim}", plain, times[dtype, way, middle])
-        share = {"float32": 0.85, "bfloat16": 0.45}[dtype]
-        for ours, way in (("ours", OURS), ("ours compiled", COMPILED)):
-            bound, spent = times[dtype, BOUND, middle], times[dtype, way, middle]
-            line(f"matrix products / {ours}, {dtype}", f">= {share}", bound, spent)
+        share, bound = {"float32": 0.85, "bfloat16": 0.45}[dtype], times[dtype, BOUND, middle]
+        for ours, way in ways.items():
+            line(f"matrix products / {ours}, {dtype}", f">= {share}", bound, times[dtype, way, middle])
         one_by_one = sum(times[dtype, OURS, k] for k in ks)
         line(f"all K at once / one by one, {dtype}", "<= 0.4", times[dtype, SHARED, 0], one_by_one)
         line(f"K={most} / K={least}, {dtype}", "<= 1.05", times[dtype, OURS, most], times[dtype, OURS, least])
