@@ -419,6 +419,25 @@ def test_stages_and_starting_again(folder, tokenizer, own_cache, tmp_path, monke
         run(RECIPE, texts=["a heap"])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_held_out_losses_are_in_the_dtype_of_the_backbone(folder, tokenizer, own_cache, monkeypatch, dtype):
+    """Before, after and during a training: bfloat16 is slow on a processor that has no products of it."""
+    found, plain = [], masked_diffusion.masked_cross_entropy
+
+    def noted(model, batch):
+        if not model.training:
+            found.append(torch.is_autocast_enabled("cpu"))
+        return plain(model, batch)
+
+    monkeypatch.setattr(masked_diffusion, "masked_cross_entropy", noted)
+    texts, backbone = ["Return a sorted copy of an array along the given axis."] * 60, loaded(folder, dtype)
+    held_out = {"text": pack(texts, tokenizer, 16, limit=4)}
+    adaptation.held_out_table({"parent": replace(backbone, mask_id=MASK)}, held_out)
+    before = len(found)
+    adapt(backbone, MASK, texts, held_out, stages=[RECIPE], evaluate_every=2)
+    assert len(found) > before > 0 and set(found) == {dtype == "bfloat16"}
+
+
 def test_what_the_stages_add_in_words():
     names = ["parent", "text", "prompt"]
     losses = pd.DataFrame({"backbone": names, "text": "English", "50% masked": [8.0, 4.0, 3.25]})

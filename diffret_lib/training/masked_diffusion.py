@@ -308,8 +308,8 @@ def train(
     """Run one stage; started again with the same folder ``work`` it goes on from its last whole checkpoint.
 
     ``base`` is the fingerprint of the weights that the adapter is for.  With a multiple of 10 in ``save_every`` an
-    interrupted training has the same curve, too: the loss is logged every 10 steps.  With ``bfloat16`` it runs under
-    autocast.
+    interrupted training has the same curve, too: the loss is logged every 10 steps.  ``bfloat16`` is the trainer's
+    ``bf16``.
 
     Returns the adapter's folder in ``work``, and the curve: records with stage, step, tokens_seen, and loss, grad_norm,
     learning_rate and epoch, or what ``evaluate`` returns (held_out, ...).
