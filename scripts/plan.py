@@ -39,6 +39,7 @@ from diffret_lib.models.prompts import SIDES, Side
 from diffret_lib.models.released import RELEASED
 from diffret_lib.retrieval.streaming import SEGMENT_TEXTS
 from diffret_lib.retrieval.systems import BM25, CUDA_BATCH, PromptReps, Retriever
+from diffret_lib.training.contrastive import CUDA_MINI_BATCHES
 
 #: Tokens of prompt, answer and tail besides the text and the vectors, at most.
 PROMPT_TOKENS = 128
@@ -58,11 +59,14 @@ SIZES = {
     "llada-1.5": (8_015_581_184, 4096),
     "llama-3-8b-instruct": (8_030_261_248, 4096),
 }
-#: What is assumed of a backbone that cannot be timed here: the share of the rate of large products of matrices that an
-#: encoding reaches; the cost of a decoded token in passes over the prompt (the paper: N = 20 takes 15 times one pass);
-#: bytes that a token of a batch takes on a GPU, for each dimension of H; and an H100's rate of products in bfloat16
-#: (its data sheet), for comparison.
-UTILISATION, DECODED_TOKEN, BATCH_BYTES, H100 = 0.5, 14 / 19, 48, 989e12
+#: What is assumed of a backbone that cannot be timed here, as ``benchmarks/full_size.py`` measured it on an H200 (the
+#: chip of an H100, with more memory): the share of the rate of large products of matrices that an encoding reaches, and
+#: the cost of a decoded token of a batch in passes over the prompt.
+UTILISATION, DECODED_TOKEN = 0.36, 0.056
+#: From there as well: bytes that a token takes on a GPU for each dimension of H, encoded and trained on.
+BATCH_BYTES, TRAINED_BYTES = 96, 2400
+#: An H100's rate of products in bfloat16 (its data sheet), for comparison.
+H100 = 989e12
 #: Tokens and bytes of an English word, with the space or mark after it.
 WORD_TOKENS, WORD_BYTES = 1.35, 6.0
 
@@ -239,7 +243,7 @@ class Plan:
             "07 and 90 come on top.",
             f"Disk: {self.disk / 1e9:,.2f} GB needed in {cache_dir()}, {self.disk_free / 1e9:,.2f} GB free.",
             f"Memory: {self.memory / 1e9:,.2f} GB needed, {self.memory_there / 1e9:,.2f} GB there.",
-            f"GPU memory: {self.gpu / 1e9:,.2f} GB for the backbones and a batch, {there}.",
+            f"GPU memory: {self.gpu / 1e9:,.2f} GB for the backbones and the largest batch, {there}.",
             *self.notes,
         ])  # fmt: skip
 
@@ -321,14 +325,20 @@ def _needs(
         sizes = f"about {texts / 1e9:,.2f} GB of text to download, of the published sizes"
         notes.append(f"Not on this machine, {sizes}: {', '.join(names)}.")
     number = 4 if p.dtype == "float32" else 2
-    weights = sum(number * b.parameters if isinstance(b, Facts) else _bytes(b.model) for b in backbones.values())
+    sizes = [number * b.parameters if isinstance(b, Facts) else _bytes(b.model) for b in backbones.values()]
+    weights = sum(sizes)
     loaded = [study.train_collection, *study.grid_collections, *(study.test_collections if p.keep_passages else ())]
     largest = max(len(c.passages) for c in loaded) * sum(p.k_grid) * hidden * NUMBER_BYTES
     known = [(len(c.passages), published(c.name)) for c in study.test_collections]
     largest += max((n * found.passage_words * BM25_BYTES for n, found in known if found), default=0)
     free, there = shutil.disk_usage(cache_dir()).free, psutil.virtual_memory().total
     gpu_there = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else math.inf
-    gpu = weights + p.batch_tokens * CUDA_BATCH * hidden * BATCH_BYTES
+    gpu = p.batch_tokens * CUDA_BATCH * hidden * BATCH_BYTES
+    if study.fine_tuned and not p.training.adapters:  # on a copy of a backbone
+        longest = max(p.max_query_tokens, p.training.max_passage_tokens) + PROMPT_TOKENS
+        batch = p.training.mini_batch * CUDA_MINI_BATCHES * longest
+        gpu = max(gpu, max(sizes) + batch * hidden * TRAINED_BYTES)
+    gpu += weights
     disk = table["gigabytes"].sum() * 1e9 + fetched + texts
     return disk, free, PROGRAM_BYTES + 2 * weights + largest, there, gpu, gpu_there, notes
 

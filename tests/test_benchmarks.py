@@ -6,12 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import bfloat16, encode, scale
+from benchmarks import bfloat16, encode, full_size, scale
 from diffret_lib.data.collection import Collection
 from diffret_lib.experiments import departures
 from diffret_lib.retrieval.systems import DiffRetriever
-from tests.tiny import SENTENCES
+from scripts.plan import SIZES
+from tests.tiny import SENTENCES, WORDS, tiny_tokenizer
 
 
 def test_tables(diffusion, tmp_path, monkeypatch, capsys):
@@ -143,3 +145,38 @@ def test_bfloat16_beside_float32(s, tmp_path, monkeypatch, capsys):
     assert table["ndcg_reference"].between(0, 1).all() and "DiffEmbed" in capsys.readouterr().out
     dtypes = {name: other.backbone("diffusion").dtype for name, other in departures.dtype_studies(asked[0]).items()}
     assert dtypes == {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", full_size.SHAPES)
+def test_random_backbones_have_the_papers_sizes(name):
+    kind, shapes = full_size.SHAPES[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shapes))
+    assert (sum(p.numel() for p in model.parameters()), model.config.hidden_size) == SIZES[name]
+
+
+def test_backbones_of_the_papers_size(tmp_path, monkeypatch, capsys):
+    ids = [f"d{i}" for i in range(len(SENTENCES))]
+    judged = {f"q{i}": {name: 1} for i, name in enumerate(ids)}
+    collection = Collection.from_texts("tiny", ids, SENTENCES, list(judged), WORDS[: len(ids)], judged)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": len(tokenizer)}  # fmt: skip
+    monkeypatch.setattr(full_size, "SHAPES", {k: (kind, s | small) for k, (kind, s) in full_size.SHAPES.items()})
+    monkeypatch.setattr(full_size, "load_collection", lambda name: collection)
+    monkeypatch.setattr(full_size, "MINI_BATCHES", (64,))
+    names = ["llada-8b-instruct", "qwen2.5-7b-instruct"]
+    command = ["--backbones", *names, "--rounds", "2", "--max-passage-tokens", "8"]
+    assert full_size.main([*command, "--tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path)]) == 0
+    assert "llada-8b-instruct" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "full_size.csv").set_index("part")
+    assert (table["seconds"] > 0).all() and table.index.value_counts().to_dict() == {
+        "write": 2, "load": 2, "encoding, passage": 9, "encoding, query": 9, "training, 64 texts at once": 2,
+    }  # fmt: skip
+    encoded = table.loc["encoding, passage"].set_index(["backbone", "system", "vectors"])
+    masks, decoded = ((name, system) for name, system in zip(names, ("DiffRetriever", "PromptReps"), strict=True))
+    assert encoded.loc[(*masks, 16), "tokens"] - encoded.loc[(*masks, 4), "tokens"] == 12 * len(ids)
+    assert encoded.loc[(*decoded, 16), "tokens"] == encoded.loc[(*decoded, 4), "tokens"]
+    assert encoded.loc[(*decoded, 20), "to_one_vector"] > 2 and (encoded["texts"] == len(ids)).all()
+    assert table.loc["training, 64 texts at once", "system"].tolist() == ["DiffRetriever", "PromptReps"]

@@ -34,7 +34,7 @@ def test_the_profiles_that_come_with_the_project():
     names = sorted(path.stem for path in PROFILES_DIR.iterdir())
     assert names == ["embedded", "nano", "paper", "paper-llada", "smoke", "study"]
     embedded, nano, paper, llada, smoke, study = map(load_profile, names)
-    assert embedded.test_collections == ["pydocs/pandas-test", "pydocs/numpy", "pydocs/scipy", "pydocs/matplotlib"]
+    assert embedded.test_collections == ["pydocs/pandas-test", "pydocs/numpy", "pydocs/scipy"]
     assert smoke.test_collections == ["pydocs/pandas-test", "pydocs/numpy"]
     assert study.test_collections == ["pydocs/pandas-test", *PACKAGES_TESTED, *JUDGED]
     assert paper.test_collections == llada.test_collections == [*MSMARCO, *BEIR_7]

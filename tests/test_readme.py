@@ -67,6 +67,16 @@ def test_verdicts_are_those_of_the_study():
     assert {name for name, verdict in fifth.items() if verdict == "supported"} == {"DiffEmbed", "RepLLaMA"}
 
 
+def test_latencies_at_full_size_are_those_of_the_table():
+    table = pd.read_csv(CHECKOUT / "results" / "benchmarks" / "full_size.csv")
+    ratios = table.pivot_table(index=["part", "system", "vectors"], columns="backbone", values="to_one_vector")
+    query, passages = (ratios.loc[f"encoding, {side}"] for side in ("query", "passage"))
+    masks, decoded = ("DiffRetriever", 16), ("PromptReps", 20)
+    assert query.loc[masks].dropna().between(0.9, 1.1).all() and (query.loc[decoded].dropna() > 10).all()
+    assert (passages.loc[masks].dropna() < 1.2).all() and passages.loc[decoded].dropna().between(1.5, 2.5).all()
+    assert table["backbone"].nunique() == 4 and table["device"].eq("NVIDIA H200").all()
+
+
 def test_every_system_is_named():
     kinds = [value for value in vars(systems).values() if isinstance(value, type)]
     own = {kind.__name__ for kind in kinds if kind.__module__ == systems.__name__}
