@@ -60,6 +60,12 @@ def test_verdicts_are_those_of_the_study():
     dead = modes[(modes["mode"] == "sparse") & (modes["change"] < 0)]
     assert dead["system"].tolist() == ["DiffRetriever multi"] and dead["repetition"].gt(0).all()
     pairs = pd.read_csv(folder / "tables" / "comparisons.csv").set_index(["better", "than"])["reading"]
+    single, multi = (f"DiffRetriever {form} (text only)" for form in ("single", "multi"))
+    assert pairs[single, "DiffEmbed (text only)"].tolist() == ["worse"]
+    assert pairs[multi, single].tolist() == ["better"] * 3
+    gains = pd.read_csv(folder / "tables" / "comparisons.csv").set_index(["better", "than", "mode"])["difference"]
+    known = gains["DiffRetriever multi", "DiffRetriever single"]
+    assert (gains[multi, single] > known).all()
     ones = pairs["DiffRetriever single, fine-tuned", "PromptReps single, fine-tuned"]
     assert ones.tolist() == ["worse"] * 3
     fifth = {re.search("− ([A-Za-z]+)", test["comparison"])[1]: test["verdict"] for test in claims[4]["tests"]
