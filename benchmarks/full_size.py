@@ -94,7 +94,7 @@ def retrievers(backbone: LoadedBackbone, **limits: int) -> dict[tuple[str, int],
 
 def encoding(backbone: LoadedBackbone, collection: Collection, rounds: int, **limits: int) -> Iterator[dict[str, Any]]:
     """A row for each system and number of vectors: all passages of the collection, and one query alone."""
-    parameters = sum(weight.numel() for weight in backbone.model.parameters())
+    parameters = backbone.model.num_parameters()
     systems = retrievers(backbone, **limits)
     for side, texts in (("passage", list(collection.passages)), ("query", list(collection.queries)[:1])):
         calls = {key: partial(retriever.encode, texts, side, progress=False) for key, retriever in systems.items()}
@@ -121,7 +121,7 @@ def training(backbone: LoadedBackbone, collection: Collection, **limits: int) ->
     data = TrainingData(Dataset.from_list(rows), ["benchmark"], str(len(rows)))
     read = [retriever.reader.preprocess(list(row.values()), task="passage") for row in rows[:QUERIES]]
     tokens = sum(int(features["attention_mask"].sum()) for features in read)
-    parameters = sum(weight.numel() for weight in backbone.model.parameters())
+    parameters = backbone.model.num_parameters()
     for size in MINI_BATCHES:
         changes = {"steps": STEPS, "batch_size": QUERIES, "evaluate_every": STEPS, "mask_false_negatives": False}
         changes |= {"mini_batch": max(1, size // CUDA_MINI_BATCHES) if cuda else size}
@@ -157,7 +157,7 @@ def peak_memory(call: Callable[[], object]) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbones", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--passages", type=int, default=128, help="the first ones of the collection (default: 128)")
+    parser.add_argument("--passages", type=int, default=128, help="a random sample of this many (default: 128)")
     parser.add_argument("--rounds", type=int, default=3, help="after the warm-up (default: 3)")
     parser.add_argument("--collection", default="pydocs/pandas-dev", help="its name, or a BEIR folder")
     parser.add_argument("--tokenizer", help="its folder (default: that of the embedded backbone)")

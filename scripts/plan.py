@@ -325,8 +325,8 @@ def _needs(
         sizes = f"about {texts / 1e9:,.2f} GB of text to download, of the published sizes"
         notes.append(f"Not on this machine, {sizes}: {', '.join(names)}.")
     number = 4 if p.dtype == "float32" else 2
-    sizes = [number * b.parameters if isinstance(b, Facts) else _bytes(b.model) for b in backbones.values()]
-    weights = sum(sizes)
+    weighs = [number * b.parameters if isinstance(b, Facts) else _bytes(b.model) for b in backbones.values()]
+    weights = sum(weighs)
     loaded = [study.train_collection, *study.grid_collections, *(study.test_collections if p.keep_passages else ())]
     largest = max(len(c.passages) for c in loaded) * sum(p.k_grid) * hidden * NUMBER_BYTES
     known = [(len(c.passages), published(c.name)) for c in study.test_collections]
@@ -337,7 +337,7 @@ def _needs(
     if study.fine_tuned and not p.training.adapters:  # on a copy of a backbone
         longest = max(p.max_query_tokens, p.training.max_passage_tokens) + PROMPT_TOKENS
         batch = p.training.mini_batch * CUDA_MINI_BATCHES * longest
-        gpu = max(gpu, max(sizes) + batch * hidden * TRAINED_BYTES)
+        gpu = max(gpu, max(weighs) + batch * hidden * TRAINED_BYTES)
     gpu += weights
     disk = table["gigabytes"].sum() * 1e9 + fetched + texts
     return disk, free, PROGRAM_BYTES + 2 * weights + largest, there, gpu, gpu_there, notes
