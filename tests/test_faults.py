@@ -38,7 +38,7 @@ TRIALS = {"named kills": 8, "random kills": 8, "two runs": 8, "full disk": 5, "d
 #: Kills of a trial, of one run after another.
 KILLS = 3
 DAMAGE = ("bit flipped", "cut", "empty", "file removed", "manifest removed")
-HUNG = 600  # seconds after which a pass is ended, with a traceback in its log
+HUNG = 300  # seconds after which a pass is ended, with a traceback in its log
 FULL = 3  # exit status of a pass that ends with a StorageError of one line
 
 
@@ -118,8 +118,7 @@ class Worlds:
             with open(self.root / f"{world}.log", "a") as log:
                 os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
             faulthandler.dump_traceback_later(HUNG, exit=True)
-            # its own locks: forks share tqdm's and numba's, and one that is killed may hold them
-            tqdm.set_lock(threading.RLock())
+            # its own lock: forks share numba's, and one that is killed may hold it
             if numbas := sys.modules.get("numba.np.ufunc.parallel"):
                 numbas._backend_init_process_lock = None
             os.environ["DIFFRET_CACHE"] = str(folder / "cache")
@@ -149,7 +148,8 @@ class Worlds:
     def faults(self, world: str, code: int, results: str = "results") -> list[str]:
         """What is wrong after a last pass that ended with ``code``: nothing, an error, or other results."""
         if code:
-            return [f"ended with {code}: {[line for line in self.log(world).splitlines() if 'Error' in line][-1:]}"]
+            said = self.log(world)
+            return [f"ended with {code}: {[line for line in said.splitlines() if 'Error' in line][-1:] or said[-3000:]}"]
         outcome = self.outcome(world, results)
         other = sorted(k for k in {*outcome, *self.expected} if outcome.get(k) != self.expected.get(k))
         return [f"other than in a clean run: {other}"] if other else []
@@ -316,6 +316,9 @@ def test_a_notebook_that_fails_by_a_named_error_is_told_in_its_words(name):
 if __name__ == "__main__":
     os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "NUMBA_THREADING_LAYER": "workqueue"}
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg", "TOKENIZERS_PARALLELISM": "false"}
+    # Forks share tqdm's locks, one for each class that has none to inherit, and one that is killed may hold them.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0  # seconds: no thread that holds it while another forks
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is mounted and made is removed
     asked = re.fullmatch(r"(?:([1-9]\d*)-)?([1-9]\d*)", sys.argv[1])
     if not asked:
