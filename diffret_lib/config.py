@@ -101,9 +101,9 @@ class Training(_Model):
     ``learning_rates`` by it is taken, after ``selection_steps`` of each (null: all steps); ``seeds`` are the
     repetitions of :data:`diffret_lib.experiments.study.REPEATED`, compared on ``development``.  ``temperatures`` are by
     class name, else ``temperature``.  With ``adapters``, a folder of published ones (from the checkout), nothing is
-    trained.  With ``rows``, a file of Tevatron's rows or the name of their repository on the hub, these are trained on,
-    and no negatives are mined; which of their passages are relevant to another query is not known, so
-    ``mask_false_negatives`` must be off.
+    trained.  With ``rows``, a file of Tevatron's rows (from the checkout) or the name of their repository on the hub,
+    these are trained on, and no negatives are mined; which of their passages are relevant to another query is not
+    known, so ``mask_false_negatives`` must be off.
     """
 
     collections: list[Development] = Field(min_length=1)
@@ -201,7 +201,7 @@ class Profile(_Model):
     max_passage_tokens: Count
     k_grid: Counts
     shared_text_grid: bool
-    promptreps_vectors: Count
+    promptreps_vectors: Annotated[int, Field(ge=2, le=2**31)]
     top_k: Count
     batch_tokens: Count
     adaptation: Adaptation | None

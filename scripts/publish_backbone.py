@@ -38,10 +38,10 @@ This page is written by `python scripts/publish_backbone.py` from `{log}`.
 
 ## Data
 
-Plain text: docstrings and descriptions of installed packages and of the wheels in `notebooks/adaptation-wheels.txt`, the
-standard library's docstrings and the Python language reference, and the free manuals and dictionaries of Debian that
-`scripts/fetch_adaptation_texts.sh` lists (`diffret_lib/data/training_text.py` reads them all). No package that is a
-retrieval collection ({collections}) is read, and texts that share 13 words in a row with one of their docstrings, or
+Plain text: docstrings and descriptions of installed packages and of the wheels in `notebooks/adaptation-wheels.txt`,
+the standard library's docstrings and the Python language reference, and the free manuals and dictionaries of Debian
+that `scripts/fetch_adaptation_texts.sh` lists (`diffret_lib/data/training_text.py` reads them all). No package that is
+a retrieval collection ({collections}) is read, and texts that share 13 words in a row with one of their docstrings, or
 with a passage or query of SciFact, Cranfield, NPL or Medline, are dropped. {held_out} and the excerpts in
 `diffret_lib/data/held_out_english.txt` are held out.
 
@@ -64,9 +64,10 @@ Nats per masked token at the share of masked tokens, after the tokens seen.
 generator. Notebook 00 measures what each stage adds to retrieval.
 """
 ABOUT = {
-    TEXT: "A LoRA adapter and a trained mask-token embedding (`<file_sep>`) that make a masked diffusion language model "
-    "of SmolLM2-135M-Instruct. It has seen plain text alone, never the retrieval prompt.",
-    ANSWERS: f"A LoRA adapter on top of `{TEXT}`, trained with the retrieval prompt and the parent's own answers to it.",
+    TEXT: "A LoRA adapter and a trained mask-token embedding (`<file_sep>`) that make a masked diffusion language "
+    "model of SmolLM2-135M-Instruct. It has seen plain text alone, never the retrieval prompt.",
+    ANSWERS: f"A LoRA adapter on top of `{TEXT}`, trained with the retrieval prompt and the parent's own answers to "
+    "it.",
 }
 
 

@@ -310,10 +310,6 @@ def test_training_lowers_the_loss(folder, rows, tmp_path):
     assert logged[30]["learning_rate"] > 1.4e-2  # half way, not at the end
 
 
-class Killed(Exception):
-    pass
-
-
 DAMAGED = ["trainer_state.json", "optimizer.pt", "adapter/adapter_model.safetensors", "manifest.json"]
 
 
@@ -326,11 +322,11 @@ def test_interrupted_training_ends_with_the_same_weights(folder, rows, tmp_path,
     def kill(model):
         steps.append(1)
         if len(steps) == 7:
-            raise Killed
+            raise SystemExit
         return {}
 
     cut = tmp_path / "cut"
-    with pytest.raises(Killed):
+    with pytest.raises(SystemExit):
         start(folder, rows, RECIPE, cut, evaluate=kill, evaluate_every=1, save_every=2)
     assert last_checkpoint(cut) == cut / "checkpoint-6"
     if damaged == "manifest.json":
@@ -471,13 +467,6 @@ def test_exported_adapter(folder, rows, tmp_path):
         assert json.loads(config)["base_model_name_or_path"] == "tiny-autoregressive"
         assert str(tmp_path) not in config and str(folder) not in config
     assert sorted(p.name for p in target.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    # it loads as a backbone's adapter and does something
-    ids = torch.tensor([[7, MASK, 9]])
-    with torch.no_grad():
-        plain, merged = (
-            load_backbone(tiny_spec(folder), adapter=a, device="cpu").model(ids).logits for a in ("none", target)
-        )
-    assert not torch.allclose(plain, merged, atol=1e-3)
 
 
 def test_the_same_seed_gives_the_same_adapter(folder):

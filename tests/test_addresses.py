@@ -161,6 +161,7 @@ def test_versions_of_libraries_count(monkeypatch):
     found = versions(NUMERIC_PACKAGES)
     named = "torch transformers tokenizers sentence-transformers peft datasets faiss-cpu ranx numba numpy scipy bm25s"
     assert {*named.split(), "PyStemmer"} <= found.keys() and None not in found.values()
+    assert versions(["no-such-distribution"]) == {"python": found["python"], "no-such-distribution": None}
 
 
 def test_a_gpu_and_a_cpu_give_other_addresses(tmp_path):

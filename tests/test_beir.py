@@ -168,13 +168,6 @@ def test_judged_passages_that_are_not_there_count_in_the_ideal_ranking(tmp_path:
     assert found.sample(2, 1).passage_ids == ["d1"] and found.statistics()["relevant_per_query"] == 0.5
 
 
-def test_passages_without_title_and_text_are_kept(tmp_path: Path) -> None:
-    """FiQA."""
-    found = load_beir(write(tmp_path, [*CORPUS, record("d3", " ", title=""), '{"_id": "d4", "text": null}']))
-    assert found.passages[2:] == ["", ""]
-    assert list(bm25(found)["q1"]) == ["d1"]
-
-
 def test_negative_grades_are_not_relevant(tmp_path: Path) -> None:
     """TREC-COVID."""
     found = load_beir(write(tmp_path, qrels=[QRELS[0], "q1\td1\t1", "q1\td2\t-1", "q2\td1\t-1"]))
@@ -187,6 +180,7 @@ def test_each_leniency_is_counted_and_said_once(tmp_path: Path, caplog) -> None:
     folder = write(tmp_path / "odd", [*CORPUS, record("d3", ""), record("q1", "who purrs")], qrels=qrels)
     with caplog.at_level(logging.WARNING):
         found, again = load_beir(folder), load_beir(folder)
+    assert found.passages[2:] == ["", "who purrs"]
     (said,) = [r.getMessage() for r in caplog.records]
     assert said == (
         "odd: judgements that are there twice (count once): 1; judgements of unknown queries (left out): 2; "
@@ -199,49 +193,38 @@ def test_each_leniency_is_counted_and_said_once(tmp_path: Path, caplog) -> None:
 # -- what is refused
 
 
-@pytest.mark.parametrize(("corpus", "message"), [
-    ([CORPUS[0], "", '{"_id": "d2", '], r"corpus\.jsonl:3: malformed JSON"),
-    ([CORPUS[0], '["d2"]'], r"corpus\.jsonl:2: a JSON object is needed, got list"),
-    ([CORPUS[0], '{"id": "d2", "text": "x"}'], r'corpus\.jsonl:2: the key "_id" is missing'),
-    ([CORPUS[0], '{"_id": "d2", "title": "x"}'], r'corpus\.jsonl:2: the key "text" is missing'),
-    ([CORPUS[0], '{"_id": "", "text": "x"}'], r'corpus\.jsonl:2: "_id" must be a string'),
-    ([CORPUS[0], '{"_id": true, "text": "x"}'], r'corpus\.jsonl:2: "_id" must be a string.*got True'),
-    ([CORPUS[0], '{"_id": "d 2", "text": "x"}'], r"corpus\.jsonl:2: .* holds no white space, got 'd 2'"),
-    ([CORPUS[0], '{"_id": "d2\u3000", "text": "x"}'], r"corpus\.jsonl:2: .* holds no white space"),
-    ([CORPUS[0], '{"_id": "\\ufeffd2", "text": "x"}'], r"corpus\.jsonl:2: .* holds no white space"),
-    (['{"_id": "d2", "text": 7}'], r'corpus\.jsonl:1: "text" must be a string, got int'),
-    ([CORPUS[0], '{"_id": "d2", "text": "\\ud800"}'], r"corpus\.jsonl:2: .*surrogates not allowed"),
-    ([*CORPUS, CORPUS[0]], r"corpus\.jsonl:3: duplicate id 'd1', first on line 1"),
-    ([""], r"corpus\.jsonl: there is no record in it"),
+@pytest.mark.parametrize(("file", "lines", "message"), [
+    ("corpus", [CORPUS[0], "", '{"_id": "d2", '], r"corpus\.jsonl:3: malformed JSON"),
+    ("corpus", [CORPUS[0], '["d2"]'], r"corpus\.jsonl:2: a JSON object is needed, got list"),
+    ("corpus", [CORPUS[0], '{"id": "d2", "text": "x"}'], r'corpus\.jsonl:2: the key "_id" is missing'),
+    ("corpus", [CORPUS[0], '{"_id": "d2", "title": "x"}'], r'corpus\.jsonl:2: the key "text" is missing'),
+    ("corpus", [CORPUS[0], '{"_id": "", "text": "x"}'], r'corpus\.jsonl:2: "_id" must be a string'),
+    ("corpus", [CORPUS[0], '{"_id": true, "text": "x"}'], r'corpus\.jsonl:2: "_id" must be a string.*got True'),
+    ("corpus", [CORPUS[0], '{"_id": "d 2", "text": "x"}'], r"corpus\.jsonl:2: .* holds no white space, got 'd 2'"),
+    ("corpus", [CORPUS[0], '{"_id": "d2\u3000", "text": "x"}'], r"corpus\.jsonl:2: .* holds no white space"),
+    ("corpus", [CORPUS[0], '{"_id": "\\ufeffd2", "text": "x"}'], r"corpus\.jsonl:2: .* holds no white space"),
+    ("corpus", ['{"_id": "d2", "text": 7}'], r'corpus\.jsonl:1: "text" must be a string, got int'),
+    ("corpus", [CORPUS[0], '{"_id": "d2", "text": "\\ud800"}'], r"corpus\.jsonl:2: .*surrogates not allowed"),
+    ("corpus", [*CORPUS, CORPUS[0]], r"corpus\.jsonl:3: duplicate id 'd1', first on line 1"),
+    ("corpus", [""], r"corpus\.jsonl: there is no record in it"),
+    ("queries", [*QUERIES, QUERIES[1]], r"queries\.jsonl:4: duplicate id 'q2', first on line 2"),
+    ("queries", ['{"_id": "q1", "title": "a title", "text": " "}'], r"queries\.jsonl:1: empty text for id 'q1'"),
+    ("qrels", QRELS[1:], r"qrels/test\.tsv:1: the header must be query-id, corpus-id, score"),
+    ("qrels", [], r"qrels/test\.tsv:1: the header must be .*, got ''"),
+    ("qrels", [*QRELS, "q1 d1 1"], r"qrels/test\.tsv:5: 3 columns"),
+    ("qrels", [QRELS[0], "q1\td1\t1\tx"], r"qrels/test\.tsv:2: 3 columns"),
+    ("qrels", [*QRELS, "", "q1\t\t1"], r"qrels/test\.tsv:6: an id must be a string that is not empty"),
+    ("qrels", [*QRELS, "q2\td1\t1.5"], r"qrels/test\.tsv:5: the relevance must be an integer .*, got '1\.5'"),
+    ("qrels", [*QRELS, "q2\td1\t" + "9" * 30], r"qrels/test\.tsv:5: the relevance must be .* of at most 9 digits"),
+    ("qrels", [*QRELS, "q1\td1\t1"], r"qrels/test\.tsv:5: query 'q1' and passage 'd1' are judged twice, 2 and 1"),
+    ("qrels", QRELS[:1], r"qrels/test\.tsv: no query has a judgement above 0"),
 ])  # fmt: skip
-def test_bad_corpus(tmp_path: Path, cache: Path, capfd, corpus: list[str], message: str) -> None:
+def test_faults_are_named(tmp_path: Path, cache: Path, capfd, file: str, lines: list[str], message: str) -> None:
+    """And nothing is kept of the file that has one."""
     with pytest.raises(ValueError, match=message):
-        load_beir(write(tmp_path, corpus=corpus))
-    assert entries(cache) == {"texts": 0, "judgements": 0}
+        load_beir(write(tmp_path, **{file: lines}))
+    assert entries(cache) == {"texts": ["corpus", "queries", "qrels"].index(file), "judgements": 0}
     assert "".join(capfd.readouterr()) == ""
-
-
-def test_bad_queries(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"queries\.jsonl:4: duplicate id 'q2', first on line 2"):
-        load_beir(write(tmp_path, queries=[*QUERIES, QUERIES[1]]))
-    with pytest.raises(ValueError, match=r"queries\.jsonl:1: empty text for id 'q1'"):
-        load_beir(write(tmp_path, queries=['{"_id": "q1", "title": "a title", "text": " "}']))
-
-
-@pytest.mark.parametrize(("qrels", "message"), [
-    (QRELS[1:], r"qrels/test\.tsv:1: the header must be query-id, corpus-id, score"),
-    ([], r"qrels/test\.tsv:1: the header must be .*, got ''"),
-    ([*QRELS, "q1 d1 1"], r"qrels/test\.tsv:5: 3 columns"),
-    ([QRELS[0], "q1\td1\t1\tx"], r"qrels/test\.tsv:2: 3 columns"),
-    ([*QRELS, "", "q1\t\t1"], r"qrels/test\.tsv:6: an id must be a string that is not empty"),
-    ([*QRELS, "q2\td1\t1.5"], r"qrels/test\.tsv:5: the relevance must be an integer .*, got '1\.5'"),
-    ([*QRELS, "q2\td1\t" + "9" * 30], r"qrels/test\.tsv:5: the relevance must be an integer of at most 9 digits"),
-    ([*QRELS, "q1\td1\t1"], r"qrels/test\.tsv:5: query 'q1' and passage 'd1' are judged twice, 2 and 1"),
-    (QRELS[:1], r"qrels/test\.tsv: no query has a judgement above 0"),
-])  # fmt: skip
-def test_bad_judgements(tmp_path: Path, qrels: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_beir(write(tmp_path, qrels=qrels))
 
 
 def test_bytes_that_are_none_of_the_format(tmp_path: Path) -> None:
@@ -477,6 +460,8 @@ def test_bad_training_rows(tmp_path: Path, change: dict, message: str) -> None:
     (tmp_path / "rows.jsonl").write_text(f"{training_line('1')}\n\n{training_line('2', **change)}\n")
     with pytest.raises(ValueError, match=rf"rows\.jsonl:3: {message}"):
         load_training_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*other\.jsonl: training\.rows names one"):
+        load_training_rows(tmp_path / "other.jsonl")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from diffret_lib.config import CHECKOUT
 from diffret_lib.experiments import claims
 from diffret_lib.experiments.claims import CONTRADICTED, INCONCLUSIVE, NO_TRAINING, NOT_TESTED, PRODUCERS, SUPPORTED
 from diffret_lib.experiments.comparison import compare_systems, transfer
-from diffret_lib.report import figures
 from diffret_lib.report.results import Results, paper_against_ours
 from diffret_lib.retrieval.search import RANK_MODES
 from tests.test_study import changed
@@ -270,7 +269,6 @@ def test_nothing_was_run(tmp_path):
     assert "04_evaluation writes it" in claims.describe(found, 1)
     assert all(name in claims.untested(found.tests) for name in found.tests["id"])
     assert "**not tested**: 1, 2, 3, 4, 5, 6, 7" in claims.answer(found) and "in part" not in claims.answer(found)
-    plt.close(figures.claims_forest(found.tests))
 
 
 @pytest.mark.parametrize(
@@ -512,5 +510,4 @@ def test_notebooks_of_a_profile_that_trains_nothing(s, tmp_path, monkeypatch):
     assert tables["oracle"]["fine_tuned"].isna().all()
     assert set(tables["oracle_chance"]["reference"]) == {"best fixed", "selected"}
     tests = tables["claims_tests"].set_index("id")
-    assert (tests["note"][tests["training"] == "fine-tuned"] == NO_TRAINING).all()
     assert tests["value"][["1a", "3a", "4a", "6a", "7a"]].notna().all()

@@ -11,7 +11,7 @@ from statsmodels.stats.multitest import multipletests
 
 from diffret_lib.experiments import comparison, study
 from diffret_lib.experiments.comparison import compare_systems, heat_map, held_out_best, interval, paired, undertrained
-from diffret_lib.experiments.study import SYSTEMS, System
+from diffret_lib.experiments.study import SYSTEMS, System, select_pair
 from diffret_lib.models.released import ReleasedAdapter
 from diffret_lib.retrieval.systems import BM25
 from tests.test_study import changed
@@ -31,7 +31,7 @@ def frame(values: dict[str, tuple[float, ...]], collection: str = "c") -> pd.Dat
     cells = [(query, *pair, value) for query, row in values.items() for pair, value in zip(PAIRS, row, strict=True)]
     base = pd.DataFrame(cells, columns=["query_id", "k_query", "k_passage", "value"])
     base = base.assign(collection=collection, coverage="whole", mode="hybrid", metric="ndcg@10")
-    others = base.assign(mode="dense", value=1 - base["value"]), base.assign(metric="mrr@10", value=0.123)
+    others = base.assign(mode="dense", value=1 - base["value"]), base.assign(metric="mrr@10", value=1 - base["value"])
     return pd.concat([base, *others]).sample(frac=1, random_state=0)
 
 
@@ -61,6 +61,16 @@ def test_heat_map_averages_collections_alike():
     cells = heat_map(pd.concat([frame(VALUES), frame({"q1": (0, 0, 0, 1)}, "d")]), "hybrid")
     np.testing.assert_allclose(cells.to_numpy(), [[0.425 / 2, 0.325], [0.3375, 0.775]])
     assert list(cells.index) == list(cells.columns) == [1, 2] and cells.index.name == "k_query"
+
+
+@pytest.mark.parametrize(("row", "pair"), [
+    ((0.9, 0.2, 0.3, 0.4), (2, 2)),  # (1, 1) is no choice for a multi
+    ((0.1, 0.5, 0.5, 0.5), (2, 1)),  # of equals the smaller Kp
+    ((0.1, 0.5, 0.4, 0.5), (1, 2)),  # then the smaller Kq
+    ((0.1, 0.5, 0.5 + 1e-9, 0.6), (2, 2)),
+])  # fmt: skip
+def test_selected_pair(row, pair):
+    assert select_pair(frame({"q": row})) == pair
 
 
 def held_out(values: np.ndarray, keep: int | None = None) -> list[float]:
@@ -261,6 +271,7 @@ def test_comparisons_are_told_apart():
     pairs = comparison.planned_comparisons([*zero_shot, *(System(name, None, "fine-tuned") for name in SYSTEMS)])
     assert len(set(pairs)) == len(pairs) == 42 and len(before) == 14 and pairs[:14] == before
     assert all(better != than for better, than, _ in pairs)
+    assert ("DiffEmbed", "Mean pooling", "dense") in before and ("DiffEmbed, fine-tuned", "DiffEmbed", "dense") in pairs
     assert ("DiffRetriever multi, fine-tuned", "RepLLaMA, fine-tuned", "dense") in pairs
 
 

@@ -107,6 +107,7 @@ def test_frozen_and_fingerprint_follows_the_content(tmp_path, content):
     ({"seed": "13"}, ["seed: ", "'13'"]),
     ({"seed": True}, ["seed: ", "True"]),
     ({"seed": None}, ["seed: ", "None"]),
+    ({"promptreps_vectors": 1}, ["promptreps_vectors: ", "greater than or equal to 2"]),
     ({"top_k": 0}, ["top_k: ", "greater than or equal to 1"]),
     ({"top_k": 10**30}, ["top_k: "]),
     ({"top_k": float("nan")}, ["top_k: "]),
@@ -117,9 +118,19 @@ def test_frozen_and_fingerprint_follows_the_content(tmp_path, content):
         {"training": {"steps": 2}},
         ["training.collections: the key is missing", "training.learning_rates: the key is missing"],
     ),
+    ({"training": {"learning_rates": [0.1, 0.1]}}, ["training.learning_rates: each learning rate is given once"]),
+    ({"training": {"learning_rates": []}}, ["training.learning_rates: ", "at least 1 item"]),
+    ({"training": {"learning_rates": [1.5]}}, ["training.learning_rates.0: ", "less than 1"]),
+    ({"training": {"collections": []}}, ["training.collections: ", "at least 1 item"]),
+    ({"training": {"temperatures": {"DiffEmbed": 0.0}}}, ["training.temperatures.DiffEmbed: ", "greater than 0"]),
+    ({"training": {"warmup_ratio": 1.0}}, ["training.warmup_ratio: ", "less than 1"]),
+    ({"training": {"temperature": float("inf")}}, ["training.temperature: ", "finite"]),
     ({"sample": {"queries": 5, "passages": 6, "hard": -1}}, ["sample.hard: ", "(got -1)"]),
     ({"samples": {"ir/npl": {"queries": None}}}, ["samples.ir/npl.passages: the key is missing"]),
     ({"efficiency": {"counts": [0]}}, ["efficiency.counts.0: ", "efficiency.rounds: the key is missing"]),
+    ({"efficiency": {"counts": [1]}}, ["efficiency.counts: 1 and a larger number of masks are needed"]),
+    ({"efficiency": {"counts": [2, 4]}}, ["efficiency.counts: 1 and a larger number of masks are needed"]),
+    ({"efficiency": {"counts": [1, 1, 2]}}, ["efficiency.counts: 1 and a larger number of masks are needed"]),
     ({"backbones": {"diffusion": "x", "autoregressive": ""}}, ["backbones.autoregressive: "]),
     ({"test_collections": "pydocs/numpy"}, ["test_collections: ", "list"]),
     ({"name": "other"}, ["name: 'other' must be 'smoke'"]),
@@ -131,28 +142,6 @@ def test_an_error_names_the_file_the_key_and_what_is_allowed(tmp_path, content, 
         load_profile(path)
     for part in [str(path), *parts]:
         assert part in str(error.value)
-
-
-@pytest.mark.parametrize(("change", "part"), [
-    ({"learning_rates": [0.1, 0.1]}, "each learning rate is given once"),
-    ({"learning_rates": []}, "at least 1 item"),
-    ({"learning_rates": [1.5]}, "less than 1"),
-    ({"collections": []}, "at least 1 item"),
-    ({"temperatures": {"DiffEmbed": 0.0}}, "greater than 0"),
-    ({"warmup_ratio": 1.0}, "less than 1"),
-    ({"temperature": float("inf")}, "finite"),
-])  # fmt: skip
-def test_settings_of_the_training(tmp_path, content, change, part):
-    path = write(tmp_path, content | {"training": content["training"] | change})
-    with pytest.raises(ProfileError, match=rf"training\.{next(iter(change))}.*{part}"):
-        load_profile(path)
-
-
-def test_claim_4_needs_one_mask_and_several(tmp_path, content):
-    for counts in ([1], [2, 4], [1, 1, 2]):
-        path = write(tmp_path, content | {"efficiency": content["efficiency"] | {"counts": counts}})
-        with pytest.raises(ProfileError, match=r"efficiency\.counts: 1 and a larger number of masks are needed"):
-            load_profile(path)
 
 
 def test_all_errors_are_told_at_once(tmp_path, content):

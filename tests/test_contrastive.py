@@ -23,27 +23,21 @@ from transformers import TrainerCallback
 from diffret_lib.config import CHECKOUT, Profile, load_profile
 from diffret_lib.data.beir import load_training_rows
 from diffret_lib.data.collection import Collection
-from diffret_lib.models.backbones import BackboneError, load_backbone
-from diffret_lib.retrieval.systems import DiffEmbed, DiffRetriever, PromptReps, RepLLaMA
+from diffret_lib.experiments import study
+from diffret_lib.models.backbones import BackboneError
+from diffret_lib.retrieval.systems import DiffRetriever
 from diffret_lib.training import contrastive
 from diffret_lib.training.contrastive import FinetunedSystem, finetune, finetune_selected, load_published, step_order
 from diffret_lib.training.data import TrainingData, data_table, published_rows, training_data
 from diffret_lib.training.negatives import mine_hard_negatives
 from scripts.finetune import join
 from tests.test_adaptation import assert_same_adapters, weights
-from tests.tiny import random_texts, tiny_backbone, tiny_spec
+from tests.tiny import random_texts, tiny_backbone
 
 SETTINGS = CHECKOUT / "scripts" / "accelerate"
 QRELS = {"q": {"a": 1, "b": 1}, "r": {"d": 1}}
 LIMITS = {"max_query_tokens": 32, "max_passage_tokens": 48}
-SYSTEMS = {
-    "DiffRetriever single": (DiffRetriever, {}),
-    "DiffRetriever multi": (DiffRetriever, {"k_query": 2, "k_passage": 2}),
-    "DiffEmbed": (DiffEmbed, {}),
-    "PromptReps single": (PromptReps, {}),
-    "PromptReps multi": (PromptReps, {"max_vectors": 4}),
-    "RepLLaMA": (RepLLaMA, {}),
-}
+SYSTEMS = study.SYSTEMS | {"DiffRetriever multi": (DiffRetriever, {"k_query": 2, "k_passage": 2})}
 
 
 class Kill(TrainerCallback):
@@ -82,10 +76,7 @@ def make_recipe(system: str, **changes) -> contrastive.Recipe:
 
 def make_retriever(root: Path, system: str, dtype: str = "float32", **options):
     kind, counts = SYSTEMS[system]
-    folder = root / "tiny"
-    tiny_backbone(folder, kind.family)
-    backbone = load_backbone(tiny_spec(folder, kind.family), dtype=dtype, device="cpu")
-    return kind(backbone, **counts | LIMITS | options)
+    return kind(tiny_backbone(root / "tiny", kind.family, dtype=dtype), **counts | LIMITS | options)
 
 
 def train(root: Path, system: str, dtype: str = "float32", callbacks=(), **changes) -> FinetunedSystem:
@@ -384,14 +375,11 @@ def test_published_adapter_is_the_trained_one_in_half_the_bytes(root, tmp_path):
     card = (folder / "README.md").read_text()
     assert 'DiffRetriever("tiny-diffusion", k_query=2, k_passage=2).with_adapter(' in card
     assert "trained on train (whole), with the learning rate 0.01 and the seed 13" in card
+    about = result.about | {"limits": {"development": {"max_vectors": 4, "stop": "never"}}}
+    other = contrastive.publish_adapter(replace(result, system="PromptReps multi", about=about), tmp_path)
+    assert 'PromptReps("tiny-diffusion", max_vectors=4, stop="never").with' in (other / "README.md").read_text()
     assert all(str(root) not in path.read_text() for path in folder.glob("*.[mj]*"))
-    published, trained = weights(folder), weights(result.adapter)
-    assert published.keys() == trained.keys()
-    for name, weight in published.items():
-        assert weight.dtype == torch.bfloat16
-        torch.testing.assert_close(weight.float(), trained[name], rtol=2**-8, atol=1e-8)
-    sizes = [(f / "adapter_model.safetensors").stat().st_size for f in (folder, result.adapter)]
-    assert sizes[0] < 0.6 * sizes[1]
+    assert all(weight.dtype == torch.bfloat16 for weight in weights(folder).values())
     retriever = make_retriever(root, "DiffRetriever multi")
     passages = make_data().collections[0].passages
     exact, rounded, zero_shot = (

@@ -13,19 +13,8 @@ from diffret_lib.models.readers import MaskedPositions
 from diffret_lib.retrieval.denoising import MultiStepDiffRetriever
 from diffret_lib.retrieval.metrics import METRIC, per_query
 from diffret_lib.retrieval.systems import DiffRetriever
-from tests.tiny import tiny_backbone, tiny_folder
 
 TEXTS = ["Return a sorted copy of an array along the given axis.", "heap", "A heap is a binary tree"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("tiny"), seed=3)
-
-
-@pytest.fixture(scope="module")
-def backbone(folder):
-    return tiny_backbone(folder)
 
 
 def reader(backbone, kind=DenoisedPositions, **options):
@@ -56,23 +45,23 @@ def plain_steps(folder, ids: list[int], k: int, steps: int, shift: int, mask_id:
 
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize(("k", "steps"), [(5, 2), (5, 3), (4, 4), (2, 7), (1, 3)])
-def test_the_loop_written_out(folder, backbone, k, steps, shift):
-    own = reader(backbone, k_passage=k, steps=steps, prediction_shift=shift)
+def test_the_loop_written_out(folder, diffusion, k, steps, shift):
+    own = reader(diffusion, k_passage=k, steps=steps, prediction_shift=shift)
     features = own.preprocess(TEXTS, task="passage")
     given = features["input_ids"].clone()
     with torch.no_grad():
         states = own.masked(features)
     assert torch.equal(features["input_ids"], given)
-    one_pass = reader(backbone, MaskedPositions, k_passage=k, prediction_shift=shift).masked(features)
+    one_pass = reader(diffusion, MaskedPositions, k_passage=k, prediction_shift=shift).masked(features)
     for ids, mask, found, once in zip(given, features["attention_mask"], states, one_pass):
-        expected, _ = plain_steps(folder, ids[mask.bool()].tolist(), k, steps, shift, backbone.mask_id)
+        expected, _ = plain_steps(folder, ids[mask.bool()].tolist(), k, steps, shift, diffusion.mask_id)
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
         assert torch.equal(found, once) == (k == 1)
 
 
-def test_one_step_is_diffretriever(backbone):
+def test_one_step_is_diffretriever(diffusion):
     options = {"k_query": 2, "k_passage": 4}
-    one, own = DiffRetriever(backbone, **options), MultiStepDiffRetriever(backbone, **options)
+    one, own = DiffRetriever(diffusion, **options), MultiStepDiffRetriever(diffusion, **options)
     several = own.on(steps=2)
     for side in ("query", "passage"):
         a, b, c = (r.encode(TEXTS, side, progress=False) for r in (one, own, several))
@@ -84,8 +73,8 @@ def test_one_step_is_diffretriever(backbone):
         own.on(steps=0)
 
 
-def test_several_counts_share_a_text(backbone):
-    shared = MultiStepDiffRetriever(backbone, shared_text=True, steps=3)
+def test_several_counts_share_a_text(diffusion):
+    shared = MultiStepDiffRetriever(diffusion, shared_text=True, steps=3)
     together = shared.encode_counts(TEXTS, "passage", [1, 2, 4], progress=False)
     for k, found in together.items():
         alone = shared.on(k_passage=k).encode_passages(TEXTS, progress=False)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from sentence_transformers import MultiVectorEncoder
 
-from diffret_lib.retrieval.systems import DiffEmbed, DiffRetriever, PromptReps, RepLLaMA
+from diffret_lib.experiments import study
+from diffret_lib.retrieval.systems import DiffRetriever, PromptReps
 from diffret_lib.training.lora import add_lora
 from diffret_lib.training.losses import Columns, FalseNegatives, JointInfoNCE, dense_scores
 from tests.tiny import tiny_backbone
@@ -15,25 +16,21 @@ PASSAGES = [
     ["A heap is a binary tree.", "Return a sorted copy.", "Compute the eigenvalues of a square array."],
     ["Every parent has a value.", "An array along the given axis.", "right eigenvectors"],
 ]
-SYSTEMS = {
-    "DiffRetriever single": (DiffRetriever, {}),
+SYSTEMS = study.SYSTEMS | {
     "DiffRetriever multi": (DiffRetriever, {"k_query": 2, "k_passage": 3}),
-    "DiffEmbed": (DiffEmbed, {}),
-    "PromptReps single": (PromptReps, {}),
-    "PromptReps multi": (PromptReps, {"max_vectors": 3}),
-    "RepLLaMA": (RepLLaMA, {}),
+    "PromptReps multi": (PromptReps, {"max_vectors": 3}),  # answers of different lengths
 }
 
 
-def trainable(folder, system: str):
-    kind, options = SYSTEMS[system]
+def trainable(folder, system: str, **options: float):
+    kind, counts = SYSTEMS[system]
     backbone = tiny_backbone(folder, kind.family)
-    model = add_lora(backbone, rank=16, alpha=64, seed=13, dtype=torch.float32)
+    model = add_lora(backbone, rank=16, alpha=64, seed=13, dtype=torch.float32, **options)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first: nothing would be learned of lora_A
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-    retriever = kind(backbone, **options)
+    retriever = kind(backbone, **counts)
     retriever.reader.model = model
     return retriever.reader.train()
 
@@ -99,14 +96,23 @@ def test_cached_and_uncached_are_the_formula(folder, system, sparse):
         assert float(weighted) == pytest.approx(expected.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_second_pass_with_gradients_has_the_dropout_of_the_first(folder, system):
+    """The gradient cache gives the gradients of its first pass to the vectors of its second."""
+    reader = trainable(folder, system, lora_dropout=0.2)
+    batch, passes = reader.preprocess(QUERIES, task="query"), []
+    for grad in (False, True, True):
+        torch.manual_seed(len(passes) == 2)
+        with torch.set_grad_enabled(grad):
+            passes.append(reader(batch)["token_embeddings"].detach())
+    torch.testing.assert_close(passes[0], passes[1], atol=1e-6, rtol=0)
+    assert passes[1].shape != passes[2].shape or (passes[1] - passes[2]).abs().max() > 1e-3
+
+
 def test_columns_have_the_longest_passage_first(folder):
-    reader = trainable(folder, "DiffRetriever multi")
-    (queries, passages), labels = features(reader)
+    (_, passages), labels = features(trainable(folder, "DiffRetriever multi"))
     lengths = passages["attention_mask"].sum(1).tolist()
     assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 2 and labels.tolist() == [0, 1, 2]
-    rows = reader.preprocess([text for column in PASSAGES for text in column], task="passage")
-    assert torch.equal(passages["input_ids"][passages["place"]], rows["input_ids"])
-    assert torch.equal(queries["input_ids"], reader.preprocess(QUERIES, task="query")["input_ids"])
 
 
 def test_bfloat16_runs_the_model_and_not_the_scores(folder):

@@ -16,7 +16,6 @@ from diffret_lib.retrieval.metrics import (
     METRICS,
     holm,
     load_run,
-    macro_average,
     macro_randomization_p,
     make_run,
     per_query,
@@ -113,14 +112,6 @@ def test_holm_by_hand():
 # -- averages
 
 
-def test_macro_counts_collections_the_same():
-    values = {"small": np.array([1.0, 0.0]), "large": np.zeros(100)}
-    assert macro_average(values) == 0.25
-    for bad in ({}, {"x": np.array([])}):
-        with pytest.raises(ValueError, match="nothing to average over"):
-            macro_average(bad)
-
-
 def test_macro_randomization_by_enumeration():
     differences = {"a": np.array([0.3, 0.1]), "b": np.array([0.2, -0.1, 0.4])}
     weights = [0.3 / 2, 0.1 / 2, 0.2 / 3, -0.1 / 3, 0.4 / 3]
@@ -131,7 +122,8 @@ def test_macro_randomization_by_enumeration():
     clear = {"a": np.full(30, 0.1) + np.random.default_rng(0).normal(0, 0.05, 30)}
     assert macro_randomization_p(clear, 999, 3) == pytest.approx(2 / 1000)
     for values, options, message in (
-        ({}, {}, "nothing to average"), ({"a": np.array([np.nan, 1])}, {}, "differences must be finite"),
+        ({}, {}, "nothing to average"), ({"x": np.array([])}, {}, "nothing to average"),
+        ({"a": np.array([np.nan, 1])}, {}, "differences must be finite"),
         (differences, {"resamples": 0}, "resamples must be a whole number of at least 1, not 0"),
         (differences, {"resamples": 1.5}, "not 1.5"), (differences, {"seed": -1}, "seed must be .*, not -1"),
     ):  # fmt: skip

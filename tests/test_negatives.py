@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 
 from diffret_lib.data.collection import Collection
+from diffret_lib.training.data import training_data
 from diffret_lib.training.negatives import mine_hard_negatives, negatives_table
 
 COLLECTION = Collection.from_texts(
@@ -30,6 +32,21 @@ def test_rankings_take_turns_without_what_is_relevant():
     assert found["q1"] == [("b", "BM25"), ("c", "DiffRetriever"), ("d", "DiffRetriever")]
     assert found["q2"] == [("f", "DiffRetriever"), ("a", "BM25"), ("b", "DiffRetriever")]
     assert mined(3) == found and mined(1) == {q: pairs[:1] for q, pairs in found.items()}
+
+
+def test_a_passage_that_is_the_query_is_no_negative():
+    """Neither mined, nor against its query when it is another one's negative (ArguAna)."""
+    texts = {"q1": "one", "a": "two", "b": "three", "c": "four"}
+    collection = Collection.from_texts(
+        "own", list(texts), list(texts.values()), ["q1", "q2"], ["one", "x"], {"q1": {"a": 1}, "q2": {"b": 1}},
+        own=["q1"],
+    )  # fmt: skip
+    runs = {"BM25": {"q1": {"q1": 9.0, "c": 8.0}, "q2": {"q1": 9.0}}}
+    found = mine_hard_negatives(collection, runs, 1)
+    assert found[["query_id", "passage_id"]].to_numpy().tolist() == [["q1", "c"], ["q2", "q1"]]
+    left_out = training_data([(collection, found)]).false_negatives(torch.arange(2))
+    # positives a and b, then negatives c and q1
+    assert left_out.tolist() == [[False, False, False, True], [False, False, False, False]]
 
 
 def test_filled_up_at_random():

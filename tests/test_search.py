@@ -85,27 +85,8 @@ def test_against_plain_loops(kind, kq, kp, block):
     assert all(len(set(row)) == 10 for row in indices.tolist())
 
 
-def test_maxsim_by_hand():
-    # vectors of the plane; the second passage vector of p0 is missing, and -1 is clamped
-    q = Representations(np.array([[[1, 0], [0, 1]]], np.float32), np.array([2]))
-    p = Representations(
-        np.array([[[0.6, 0.8], [0, 0]], [[-1, 0], [0, -1]], [[1, 0], [0, 1]]], np.float32), np.array([1, 2, 2])
-    )
-    scores, indices = find("maxsim", q, p, 3)
-    assert indices.tolist() == [[2, 0, 1]]
-    np.testing.assert_allclose(scores, [[2.0, 1.4, 0.0]], atol=1e-6)
-
-
-def test_single_by_hand():
-    q = Representations(np.array([[[1, 0]], [[-1, 0]]], np.float32), np.array([1, 1]))
-    p = Representations(np.array([[[1, 0], [0, 1]], [[0.8, 0.6], [0, 0]]], np.float32), np.array([2, 1]))
-    scores, indices = find("mean", q, p, 5)
-    assert indices.tolist() == [[1, 0], [0, 1]]  # not clamped, and the mean is over the vectors that are there
-    np.testing.assert_allclose(scores, [[0.8, 0.5], [-0.5, -0.8]], atol=1e-6)
-
-
 @pytest.mark.parametrize("block", [None, 7, 128], indirect=True)
-@pytest.mark.parametrize("top_k", [1, 5, 40, 200])
+@pytest.mark.parametrize("top_k", [1, 5, 40, 200, 300])
 def test_ties_go_to_the_lower_index(block, top_k):
     # 200 passages of two kinds: the scores are equal bit for bit
     kind = np.arange(200) % 7 == 0
@@ -120,12 +101,6 @@ def test_ties_go_to_the_lower_index(block, top_k):
         exact = (plain_sparse if kind == "sparse" else plain_mean)(q, p)
         assert indices.tolist() == plain_top(exact.round(6), top_k)
         assert scores.shape == (2, min(top_k, 200))
-
-
-@pytest.mark.parametrize("kind", PLAIN)
-def test_more_than_there_are(kind):
-    scores, indices = find(kind, make(2, 2, 1), make(3, 2, 2), 100)
-    assert scores.shape == (2, 3) and sorted(indices[0]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("nq", "n"), [(0, 4), (2, 0), (0, 0)])
@@ -186,16 +161,6 @@ def test_not_finite_scores_are_told(monkeypatch):
 # -- hybrid
 
 
-def test_hybrid_by_hand():
-    dense = np.array([[3.0, 2.0, 1.0]]), np.array([[5, 1, 2]])
-    sparse = np.array([[10.0, 8.0, 0.0]]), np.array([[1, 7, 5]])
-    scores, indices = hybrid_search(dense, sparse, 10)
-    # 5: 1 and 0; 1: 0.5 and 1; 2: 0; 7: 0.8, each halved
-    assert indices.tolist() == [[1, 5, 7, 2]]
-    np.testing.assert_allclose(scores, [[0.75, 0.5, 0.4, 0.0]], atol=1e-6)
-    assert hybrid_search(dense, sparse, 2)[1].tolist() == [[1, 5]]
-
-
 def test_hybrid_of_equal_scores_and_ties():
     constant = np.array([[4.0, 4.0]]), np.array([[3, 8]])
     other = np.array([[2.0, 1.0]]), np.array([[6, 3]])
@@ -241,18 +206,6 @@ def test_a_sparse_run_leaves_out_what_shares_no_term():
     assert run == {"a": {"z": 3.0, "y": 2.0}, "b": {}}
 
 
-def test_a_run_keeps_the_order_of_ties():
-    n = 300  # enough for an unstable sort to show
-    scores = np.zeros((1, n))
-    scores[0, :100] = 0.25
-    indices = np.arange(n)[None]
-    run = make_run(to_results(scores, indices, ["q"], [f"p{i}" for i in range(n)]))
-    assert list(run.run["q"]) == [f"p{i}" for i in range(n)]
-    again = make_run({"q": dict(reversed(run.to_dict()["q"].items()))})
-    assert list(again.run["q"]) == [f"p{i}" for i in range(n)]
-    assert np.allclose(list(run.run["q"].values()), scores[0], atol=1e-5)
-
-
 @pytest.mark.parametrize(("scores", "indices", "ids", "message"), [
     ([[0.0], [0.0]], [[0], [0]], (["a"], ["x"]), "and .* for 1 query and 1 passage ids., must be"),
     ([[0.0]], [[4]], (["a"], ["x", "y"]), "of passages that are there"),
@@ -273,6 +226,7 @@ def test_to_results_by_hand():
     found = to_results(np.array([[2.0, 1.0, -np.inf]]), np.array([[1, 0, -1]]), ["a"], ["x", "y" * 40])
     assert found == {"a": {"y" * 40: 2.0, "x": 1.0}} and list(found["a"]) == ["y" * 40, "x"]
     assert make_run(found, "n").to_dict() == found
+    assert list(make_run({"a": {"x": 1.0, "y": 2.0}}).run["a"]) == ["y", "x"]  # best first
 
 
 @pytest.mark.parametrize("top_k", [1, 7, 19, 20, 50])

@@ -12,46 +12,26 @@ import ir_measures
 import numpy as np
 import pandas as pd
 import pytest
-import ranx
 from safetensors.numpy import save_file
 
-from diffret_lib.config import Profile, ProfileError, Sample, load_profile
+from diffret_lib.config import CHECKOUT, Profile, ProfileError, Sample, load_profile
 from diffret_lib.data.collection import Collection
 from diffret_lib.experiments import departures, rankings, study
-from diffret_lib.experiments.comparison import ablation_answer, planned_comparisons, transfer
-from diffret_lib.experiments.study import REPEATED, SYSTEMS, CutBM25, Study, System, hard_passages, macro, select_pair
+from diffret_lib.experiments.comparison import ablation_answer, transfer
+from diffret_lib.experiments.study import REPEATED, SYSTEMS, CutBM25, Study, System, hard_passages, macro
 from diffret_lib.retrieval import search, streaming, systems
-from diffret_lib.retrieval.metrics import METRICS, per_query
+from diffret_lib.retrieval.metrics import METRICS, load_run, per_query
 from diffret_lib.retrieval.search import MODES, RANK_MODES
 from diffret_lib.retrieval.systems import BM25
 from scripts import plan as planning
 from scripts.plan import check, plan
+from tests.test_systems import count_rows
 from tests.tiny import beir, whole
 
 
 def changed(s: Study, **values) -> Study:
     """The study with other values of the profile, its backbones kept."""
     return Study(Profile.model_validate(s.profile.model_dump() | values), s._backbones)
-
-
-@pytest.fixture(scope="module")
-def evaluated(s) -> pd.DataFrame:
-    """Zero-shot values of all systems on both test collections."""
-    systems = s.systems((2, 2))
-    return pd.concat([s.evaluate(system, s.test_collections) for system in systems], ignore_index=True)
-
-
-def count_forwards(monkeypatch) -> list[int]:
-    calls: list[int] = []
-    for reader in (systems.MaskedPositions, systems.NextTokens, systems.MeanOfTokens):
-        original = reader.forward
-
-        def forward(self, features, original=original, **kwargs):
-            calls.append(1)
-            return original(self, features, **kwargs)
-
-        monkeypatch.setattr(reader, "forward", forward)
-    return calls
 
 
 # -- collections and pools -------------------------------------------------------------------------------------
@@ -98,6 +78,8 @@ def test_out_of_domain_leaves_out_what_is_trained_on(s):
 def test_published_collections_of_the_same_passages(s):
     assert s.same_domain("beir/scifact", "beir/scifact:train") and s.same_domain("msmarco/dl19", "msmarco/train")
     assert not s.same_domain("beir/scifact", "msmarco/train")  # nothing is loaded to know it
+    for part, of in {"msmarco": "msmarco/train", "fiqa2018": "beir/fiqa", "scifact": "beir/scifact:train"}.items():
+        assert s.same_domain(f"nano/{part}", of) and not s.same_domain(f"nano/{part}", "beir/nq")
 
 
 def of_folders(s: Study, train: str, tests: list[str]) -> Study:
@@ -151,7 +133,7 @@ def test_streamed_rankings_are_those_of_kept_passages(streamed, own_cache):
 
 
 def test_a_stream_goes_on_where_it_was(streamed, own_cache, monkeypatch):
-    s, calls = streamed, count_forwards(monkeypatch)
+    s, calls = streamed, count_rows(monkeypatch)
     c, retriever = s.test_collections[0], s.diffretriever(2, 1)
     first = s.runs(retriever, c)
     every = len(calls)
@@ -163,7 +145,7 @@ def test_a_stream_goes_on_where_it_was(streamed, own_cache, monkeypatch):
 
 
 def test_a_stream_answers_all_collections_with_the_same_passages(streamed, monkeypatch):
-    s, calls = streamed, count_forwards(monkeypatch)
+    s, calls = streamed, count_rows(monkeypatch, kind=systems.MeanOfTokens)
     whole = s.sampled(s.profile.test_collections[0], Sample(queries=None, passages=None))
     parts = [
         replace(whole.restrict(None, ids), name=name) for name, ids in {"a": ["q0", "q3"], "b": ["q1", "q2"]}.items()
@@ -233,7 +215,7 @@ def test_the_grid_of_one_pass(s):
 def test_a_second_encoding_comes_from_the_cache(s, monkeypatch):
     collection = s.test_collections[1]
     first = s.encode(s.diffretriever(2, 2), collection, "query")
-    calls = count_forwards(monkeypatch)
+    calls = count_rows(monkeypatch)
     for again in (s, Study(s.profile)):
         query = again.encode(again.diffretriever(2, 1), again.test_collections[1], "query")
         assert isinstance(query.dense, np.memmap) and np.array_equal(query.dense, first.dense) and not calls
@@ -241,8 +223,9 @@ def test_a_second_encoding_comes_from_the_cache(s, monkeypatch):
     assert calls
 
 
-def test_systems_and_their_values(world, evaluated):
+def test_systems_and_their_values(world):
     s, loaded = world
+    evaluated = pd.concat([s.evaluate(x, s.test_collections) for x in s.systems((2, 2))], ignore_index=True)
     before = len(loaded)
     s.systems((2, 2))
     assert len(loaded) == before and loaded.count("tiny-text") == 1  # each backbone is loaded once
@@ -291,31 +274,17 @@ def test_bm25_on_the_text_that_others_read(s):
         assert len({x.fingerprint(side) for x in (cut, CutBM25(s.diffretriever(1, 1)), BM25())}) == 3
 
 
-def test_runs_on_disk_are_what_other_tools_read(s, tmp_path):
-    collection = s.test_collections[0]
-    system = System("DiffRetriever multi", s.diffretriever(2, 2))
-    values = s.evaluate(system, [collection], tmp_path)
-    folder = tmp_path / "mine-test"
-    assert sorted(p.name for p in folder.iterdir()) == [
-        *(f"diffretriever-multi.zero-shot.{mode}.txt" for mode in sorted(RANK_MODES)), "qrels.txt"
-    ]  # fmt: skip
-    qrels = list(ir_measures.read_trec_qrels(str(folder / "qrels.txt")))
-    for mode in RANK_MODES:
-        path = folder / f"diffretriever-multi.zero-shot.{mode}.txt"
-        ours = values[values["mode"] == mode].pivot_table(index="query_id", columns="metric", values="value")
-        run = list(ir_measures.read_trec_run(str(path)))
-        measures = {"ndcg@10": ir_measures.nDCG @ 10, "mrr@10": ir_measures.RR @ 10, "recall@100": ir_measures.R @ 100}
-        for name, measure in measures.items():
-            theirs = {m.query_id: m.value for m in measure.iter_calc(qrels, run)}
-            assert ours[name].to_dict() == pytest.approx(theirs)
-        assert ranx.Run.from_file(str(path), kind="trec").keys() == set(ours.index)
-
-
-def test_rankings_and_values_are_kept(s, own_cache, tmp_path, monkeypatch):
+def test_rankings_and_values_are_kept_and_written(s, own_cache, tmp_path, monkeypatch):
     system, bm25 = System("DiffRetriever multi", s.diffretriever(2, 2)), System("BM25", BM25())
     first = [s.evaluate(x, s.test_collections, tmp_path / "first") for x in (system, bm25)]
     for collection in s.test_collections:
+        folder = tmp_path / "first" / collection.name
+        judged = ir_measures.read_trec_qrels(str(folder / "qrels.txt"))
+        grades = {(query, passage): grade for query, row in collection.qrels.items() for passage, grade in row.items()}
+        assert {(j.query_id, j.doc_id): j.relevance for j in judged} == grades
         for mode, run in s.runs(system.retriever, collection).items():
+            written = load_run(folder / f"diffretriever-multi.zero-shot.{mode}.txt")
+            assert written == {query: row for query, row in run.items() if row}
             found = first[0][(first[0]["collection"] == collection.name) & (first[0]["mode"] == mode)]
             for metric, values in per_query(collection.qrels, run).items():
                 assert found[found["metric"] == metric]["value"].tolist() == values.tolist()
@@ -349,7 +318,7 @@ def test_a_cached_grid_has_the_collection_s_own_name(s):
 
 
 def test_fine_tuned_systems(s, tmp_path, monkeypatch):
-    data = s.training_data()
+    data = s.training_data
     mined = data.negatives
     assert {"query_id", "passage_id", "source"} <= set(mined)
     assert len(mined) == s.profile.training.negatives * len(s.train_collection.queries) and len(data.rows) == 10
@@ -383,11 +352,13 @@ def test_a_profile_that_trains_little_or_nothing(s):
     training = s.profile.training.model_dump() | {"collections": [whole(s.profile.test_collections[1])]}
     for given, domain in ([], ["mine-test", "other"]), (["RepLLaMA"], ["mine-test"]):
         assert changed(s, fine_tuned=given, training=training).out_of_domain == domain
-    zero_shot = [System(name, None) for name in ("DiffEmbed", "DiffRetriever single", "Mean pooling")]
-    planned = [("DiffRetriever single", "DiffEmbed", "dense"), ("DiffEmbed", "Mean pooling", "dense")]
-    assert planned_comparisons(zero_shot) == planned
-    tuned = [*zero_shot[:1], System("DiffEmbed", None, "fine-tuned")]
-    assert planned_comparisons(tuned) == [("DiffEmbed, fine-tuned", "DiffEmbed", "dense")]
+
+
+def test_rows_of_the_hub_are_those_of_ms_marco(s, monkeypatch):
+    more = {"rows": study.TRAINING_ROWS.hub, "mask_false_negatives": False}
+    monkeypatch.setattr(Study, "same_domain", lambda self, name, train: train == "msmarco/train")
+    for given, domain in ({}, ["mine-test", "other"]), (more, []):
+        assert changed(s, training=s.profile.training.model_dump() | given).out_of_domain == domain
 
 
 def test_published_adapters_are_loaded_and_nothing_is_trained(s, monkeypatch):
@@ -402,32 +373,6 @@ def test_published_adapters_are_loaded_and_nothing_is_trained(s, monkeypatch):
     folder = study.CHECKOUT / "results/study/adapters"
     assert [(f, name, r) for f, name, _, r in asked] == [(folder, "DiffEmbed", 0), (folder, "DiffRetriever multi", 1)]
     assert [retriever.name for _, _, retriever, _ in asked] == ["DiffEmbed", "DiffRetriever"]
-
-
-def cells(*row: float, collection: str = "c") -> pd.DataFrame:
-    """One query's hybrid nDCG@10 of the pairs (1, 1), (1, 2), (2, 1), (2, 2); of other modes and metrics, others."""
-    rows = []
-    for (kq, kp), value in zip(product([1, 2], [1, 2]), row, strict=True):
-        base = {"query_id": "q", "k_query": kq, "k_passage": kp, "collection": collection}
-        rows.append(base | {"mode": "hybrid", "metric": "ndcg@10", "value": value})
-        for mode, metric in (("dense", "ndcg@10"), ("hybrid", "mrr@10")):
-            rows.append(base | {"mode": mode, "metric": metric, "value": 1 - value})
-    return pd.DataFrame(rows).sample(frac=1, random_state=0)
-
-
-@pytest.mark.parametrize(("row", "pair"), [
-    ((0.9, 0.2, 0.3, 0.4), (2, 2)),  # (1, 1) is no choice for a multi
-    ((0.1, 0.5, 0.5, 0.5), (2, 1)),  # of equals the smaller Kp
-    ((0.1, 0.5, 0.4, 0.5), (1, 2)),  # then the smaller Kq
-    ((0.1, 0.5, 0.5 + 1e-9, 0.6), (2, 2)),
-])  # fmt: skip
-def test_selected_pair(row, pair):
-    assert select_pair(cells(*row)) == pair
-
-
-def test_macro_averages_collections_alike():
-    frame = pd.DataFrame({"mode": "m", "collection": ["a", "a", "a", "b"], "value": [0.0, 0.0, 0.3, 0.5]})
-    assert macro(frame, ["mode"])["value"].tolist() == pytest.approx([(0.1 + 0.5) / 2])
 
 
 # -- departures ------------------------------------------------------------------------------------------------
@@ -525,6 +470,7 @@ def test_all_faults_of_a_profile_are_told_at_once(complete, tmp_path):
         "samples": {"ir/npl": {"queries": None, "passages": None}},
     }
     content["training"] |= {"collections": [whole(same)], "negatives": 7, "development": whole(train)}
+    content["training"]["adapters"] = "nowhere"
     content["efficiency"]["counts"] = [1, 4]
     with pytest.raises(ProfileError) as error:
         check(Profile.model_validate(content))
@@ -536,6 +482,7 @@ def test_all_faults_of_a_profile_are_told_at_once(complete, tmp_path):
         f"test_collections: {tmp_path / 'nowhere'}: no collection",
         f"training.collections: {same}: 8 passages, too few for training.negatives",
         "samples: ir/npl is none of the test_collections",
+        f"training.adapters: there is no folder {CHECKOUT / 'nowhere'}",
         f"training.collections: {train}, the train_collection, is not among them",
         f"training.development: {train} is also tested or trained on",
     ]

@@ -72,12 +72,12 @@ def tiny_spec(folder: Path, family: str = "diffusion") -> Backbone:
     return Backbone(name=f"tiny-{family}", family=family, source={"path": folder}, max_length=512, **more)
 
 
-def tiny_backbone(folder: Path, family: str = "diffusion", seed: int = 0) -> LoadedBackbone:
-    """A tiny random backbone, saved to ``folder`` and loaded from it as any other is; float32 on the CPU."""
+def tiny_backbone(folder: Path, family: str = "diffusion", seed: int = 0, dtype: str = "float32") -> LoadedBackbone:
+    """A tiny random backbone, saved to ``folder`` and loaded from it as any other is, on the CPU."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
         tiny_folder(folder, seed)
-    return load_backbone(tiny_spec(folder, family), dtype="float32", device="cpu")
+    return load_backbone(tiny_spec(folder, family), dtype=dtype, device="cpu")
 
 
 def random_texts(seed: int, n: int) -> list[str]:

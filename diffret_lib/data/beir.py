@@ -124,6 +124,8 @@ def load_training_rows(path: str | Path | None = None) -> Dataset:
     hub, file = TRAINING_ROWS, "train.jsonl.gz"
     mirror = data_root() and data_root() / hub.hub.partition("/")[2] / file
     path = path or (mirror if mirror and mirror.is_file() else None)
+    if path and not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}: training.rows names one of Tevatron's rows, or {hub.hub}")
     return _stored(_file(Path(path)) if path else _hub(hub, file), ROW, _training_row)[0]
 
 
@@ -153,7 +155,7 @@ def _downloaded(file: Download) -> Path:
     name = file.url.rpartition("/")[2]
 
     def make(entry: Path) -> None:
-        with _reached(file.url), urllib.request.urlopen(file.url) as read, (entry / name).open("wb") as out:
+        with _reached(file.url), urllib.request.urlopen(file.url, timeout=60) as read, (entry / name).open("wb") as out:
             shutil.copyfileobj(read, out)
         found = hashlib.md5((entry / name).read_bytes()).hexdigest()
         if found != file.md5:

@@ -79,6 +79,12 @@ def published(name: str) -> Published | None:
     return read_published().get(name.partition(":")[0])
 
 
+def source(name: str) -> str:
+    """The collection of BEIR of which a published one has passages, all or (NanoBEIR) some."""
+    kind, _, short = name.partition(":")[0].partition("/")
+    return "msmarco" if kind == "msmarco" else {"fiqa2018": "fiqa", "quoraretrieval": "quora"}.get(short, short)
+
+
 def metrics_of(name: str) -> tuple[str, ...]:
     """Metrics of a collection, its own first: nDCG@10, MRR@10 and recall@100 for one that is not in the table."""
     found = published(name)

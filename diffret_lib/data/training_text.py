@@ -44,11 +44,6 @@ INSTALLED_PACKAGES = (
 #: Some of them, for a short run: quick to read, and prose more than code.
 SHORT_PACKAGES = ("ipython", "traitlets", "nbconvert", "fsspec", "peft", "accelerate", "datasets")
 
-#: Manuals and dictionaries among Debian's packages, all free (``notebooks/adaptation-texts.sh`` fetches them).
-PLAIN_ENGLISH = (
-    "dict-gcide", "dict-wn", "dict-foldoc", "dict-jargon", "dict-devil", "debian-handbook", "debian-reference-en",
-    "developers-reference", "debian-policy",
-)  # fmt: skip
 #: Excerpts of Moby-Dick (1851) and of presidents' addresses to the Congress (1790 to 2016), in the public domain.
 HELD_OUT_ENGLISH = Path(__file__).with_name("held_out_english.txt")
 

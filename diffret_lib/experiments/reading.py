@@ -115,7 +115,7 @@ def alignment(retriever: Retriever, query: str, passage: str) -> pd.DataFrame:
     """Dot products of a query's vectors with a passage's, of a retriever that predicts tokens: what MaxSim is made of.
 
     float32, shape (vectors of the query, vectors of the passage); index and columns as of :func:`mask_words`.  The
-    rows' maxima, each clamped at 0, sum up to the score of :func:`diffret_lib.retrieval.search.maxsim_search`.
+    rows' maxima, each clamped at 0, sum up to the score of :func:`diffret_lib.retrieval.search.rank`.
     """
     vectors, names = [], []
     for side, text in zip(SIDES, (query, passage), strict=True):

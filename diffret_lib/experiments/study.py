@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +16,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diffret_lib.addresses import address, fingerprint
+from diffret_lib.addresses import address
 from diffret_lib.cache import atomic_path, fetch, remember
 from diffret_lib.config import CHECKOUT, PYDOCS, Profile, ProfileError, Sample, slug
 from diffret_lib.data import load_collection
 from diffret_lib.data.beir import TRAINING_ROWS, load_training_rows
 from diffret_lib.data.collection import Collection
-from diffret_lib.data.protocols import metrics_of, published
+from diffret_lib.data.protocols import metrics_of, published, source
 from diffret_lib.experiments.rankings import modes_of, ranking, rankings, streamed_rankings
 from diffret_lib.models.backbones import LoadedBackbone, adapter_sha, load_backbone, with_adapter
 from diffret_lib.models.prompts import SIDES, Side
@@ -144,19 +146,23 @@ class Study:
     def out_of_domain(self) -> list[str]:
         """Names of the test collections of no package and no passages that pairs are selected or systems trained on."""
         seen = {self.profile.train_collection}
-        seen |= {c.collection for c in self.profile.training.collections if self.fine_tuned}
+        if self.fine_tuned:
+            seen |= {c.collection for c in self.profile.training.collections}
+            seen |= {"msmarco/train"} if self.profile.training.rows == TRAINING_ROWS.hub else set()
         named = zip(self.profile.test_collections, self.test_collections, strict=True)
         return [c.name for name, c in named if not any(self.same_domain(name, train) for train in seen)]
 
     def same_domain(self, name: str, train: str) -> bool:
-        """Whether two collections are of the same package, or have the same passages."""
+        """Whether two collections are of the same package, or have the same passages, or one some of the other's."""
         if name in PYDOCS and train in PYDOCS:
             return name.startswith(train.rsplit("-", 1)[0])
-        both = published(name), published(train)
-        if all(both):
-            return both[0].hub == both[1].hub
+        if published(name) and published(train):
+            return source(name) == source(train)
         for key in {name, train} - self._passages.keys():
-            self._passages[key] = fingerprint(list(load_collection(key).passages))
+            digest = hashlib.sha256()
+            for text in load_collection(key).passages:
+                digest.update(hashlib.sha256(text.encode()).digest())
+            self._passages[key] = digest.hexdigest()
         return self._passages[name] == self._passages[train]
 
     def backbone(self, role: str) -> LoadedBackbone:
@@ -194,6 +200,7 @@ class Study:
             ]
         return found
 
+    @cached_property
     def training_data(self) -> TrainingData:
         """The training collections, with hard negatives of BM25 and zero-shot DiffRetriever (selected pair, hybrid).
 
@@ -201,7 +208,7 @@ class Study:
         """
         n, seed, parts = self.profile.training.negatives, self.profile.seed, []
         if (path := self.profile.training.rows) is not None:
-            rows = load_training_rows(None if path == TRAINING_ROWS.hub else path)
+            rows = load_training_rows(None if path == TRAINING_ROWS.hub else CHECKOUT / os.path.expanduser(path))
             return published_rows(rows, path, n, seed)
         bm25, zero_shot = BM25(), self.diffretriever(*self.selected)
         for size in self.profile.training.collections:
@@ -233,7 +240,7 @@ class Study:
         retriever, folder = self.untrained(system), self.profile.training.adapters
         if folder:
             return contrastive.load_published(CHECKOUT / folder, system, retriever, repetition)
-        data, development = self.training_data(), self.training_development
+        data, development = self.training_data, self.training_development
         return contrastive.finetune_selected(
             system, retriever, data, self.profile, development, repetition=repetition, **options
         )

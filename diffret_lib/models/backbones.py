@@ -35,6 +35,8 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FOLDER = Path(__file__).resolve().parent
 _SHOWN = 5  # tensors that an error names
+#: What transformers reads of a model folder.
+_READ = ("*.json", "*.safetensors", "*.bin", "*.jinja", "*.txt", "*.model")
 _FORMS = ({"wheel", "member", "sha256"}, {"parent", "adapter"}, {"hub"}, {"hub", "revision"}, {"path"})
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -136,15 +138,16 @@ def get_backbone(name: str) -> Backbone:
 
 @cache
 def fast_dtype(device: str | None = None) -> Dtype:
-    """Name of the dtype that ``dtype="auto"`` takes: bfloat16 on CUDA, and on a CPU whose products of it are fast.
+    """Name of the dtype that ``dtype="auto"`` takes: bfloat16 on a GPU that has it, and on a CPU that is fast in it.
 
-    They are when they take at most half the time of float32: the best of five products of 1024 x 1024 matrices.  The
+    A CPU is when its products take at most half the time of float32: the best of five of 1024 x 1024 matrices.  The
     finding is kept in the cache for a processor and its number of threads, so that all runs of a study agree.
     ``device`` is a type ("cpu", "cuda"; on others it is float32), by default CUDA if there is one.
     """
     device = device or _default_device()
     if device != "cpu":
-        return "bfloat16" if device == "cuda" else "float32"
+        has = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if has else "float32"
     machine = hardware()["cpu"], torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     return remember("dtype", address([_probe], *machine), _probe)
 
@@ -253,7 +256,7 @@ def _load_base(spec: Backbone, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
         where = source.path.expanduser()
         if not (where / "config.json").is_file():
             raise BackboneError(f"{spec.name}: {where} is not a model folder: it has no config.json")
-        files = (p for pattern in ("config.json", "*.safetensors", "tokenizer*.json") for p in where.glob(pattern))
+        files = (p for pattern in _READ for p in where.glob(pattern))
         weights = fingerprint({p.name: file_sha256(p) for p in files})
     try:
         with explained(Path(where)):
@@ -290,12 +293,13 @@ def adapter_path(name: str) -> Path:
 
 
 def with_adapter(backbone: LoadedBackbone, folder: str | os.PathLike[str]) -> LoadedBackbone:
-    """Copy a loaded backbone with a further PEFT adapter merged in; raises as :func:`load_backbone` does."""
+    """Copy a loaded backbone with a further PEFT adapter merged in; raises as :func:`load_backbone`."""
     if not isinstance(backbone, LoadedBackbone) or not isinstance(folder, str | os.PathLike):
         raise ValueError(f"a loaded backbone and a folder are needed, not {backbone!r:.100} and {folder!r:.100}")
     folder = Path(folder).expanduser()
     with _quiet():
-        model = _merge_adapter(copy.deepcopy(backbone.model).float(), folder, backbone.spec.name, backbone.weights)
+        model = copy.deepcopy(uncompiled(backbone)).float()
+        model = _merge_adapter(model, folder, backbone.spec.name, backbone.weights)
     sha = adapter_sha(folder)
     model = model.to(backbone.dtype).eval().requires_grad_(False)
     weights, identity = fingerprint(backbone.weights, sha), address([with_adapter], backbone.fingerprint, sha)
@@ -308,10 +312,18 @@ def compiled(backbone: LoadedBackbone) -> LoadedBackbone:
     Faster, and the last bits of its numbers are others: a backbone with a fingerprint of its own.  It is for systems of
     one forward pass; torch needs a C++ compiler for it on a CPU.
     """
-    model = copy.deepcopy(backbone.model)
+    model = copy.deepcopy(uncompiled(backbone))
     for layer in model.get_decoder().layers:
         layer.compile(dynamic=True)
     return replace(backbone, model=model, fingerprint=address([compiled], backbone.fingerprint))
+
+
+def uncompiled(backbone: LoadedBackbone) -> PreTrainedModel:
+    """A backbone's model, to be copied; a ValueError where its layers are compiled, which a copy would lose unseen."""
+    if any(module._compiled_call_impl for module in backbone.model.modules()):
+        way = "compile it last, after its adapters, and without workers"
+        raise ValueError(f"{backbone.spec.name} is compiled, and a copy of it would not be: {way}")
+    return backbone.model
 
 
 def adapter_sha(folder: Path | None) -> str | None:
@@ -338,9 +350,10 @@ def _merge_adapter(model: PreTrainedModel, folder: Path, name: str, weights: str
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             metadata = file.metadata() or {}
         if metadata.get("base", weights) != weights or metadata.get("attention", attention) != attention:
+            base, way = metadata.get("base", "unknown"), metadata.get("attention", "as the base")
             raise ValueError(
-                f"it was trained on {metadata.get('base_name')} (weights {metadata['base'][:12]}, attention "
-                f"{metadata.get('attention', 'as the base')}), and this is {name} (weights {weights[:12]}, {attention})"
+                f"it was trained on {metadata.get('base_name')} (weights {base[:12]}, attention {way}), and this is "
+                f"{name} (weights {weights[:12]}, {attention})"
             )
         adapted = PeftModel.from_pretrained(model, str(folder))
         # "auto" would look for the base model's configuration on the hub

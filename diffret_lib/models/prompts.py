@@ -15,9 +15,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 Side = Literal["query", "passage"]
@@ -40,6 +42,15 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
         return []
     texts = [t.encode("utf-8", "replace").decode("utf-8") for t in texts]  # lone surrogates cannot be tokenised
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def pad_left(rows: Sequence[Any], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Ids of rows, padded on the left, as ``input_ids``; ``attention_mask`` (1: a token); int64 [n, longest]."""
+    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    sides = {"batch_first": True, "padding_side": "left"}
+    ids = pad_sequence(rows, padding_value=pad_id, **sides)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], **sides)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 class RetrievalPrompt:

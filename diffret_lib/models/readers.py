@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from diffret_lib.data.checks import whole_number
-from diffret_lib.models.prompts import QUOTE, ContentTokens, RetrievalPrompt, Side, encode_plain
+from diffret_lib.models.prompts import QUOTE, ContentTokens, RetrievalPrompt, Side, encode_plain, pad_left
 from diffret_lib.models.shared_text import Branches
 
 ContentFrom = Literal["whole text", "read text"]
@@ -94,9 +94,7 @@ class Reader(InputModule):
 
     def pad_left(self, rows: list[list[int]]) -> dict[str, Tensor]:
         """Ids and attention mask (1: a token, 0: padding), both int64 [batch, length]."""
-        width, pad = max(1, max(map(len, rows))), self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows])
-        return {"input_ids": ids, "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])}
+        return pad_left(rows, self.tokenizer.pad_token_id)
 
     def body(self, input_ids: Tensor, mask: Tensor, past: DynamicCache | None = None) -> Tensor:
         """Last hidden states after the final norm [batch, length, H]; ``mask`` covers what ``past`` holds as well."""
@@ -279,8 +277,8 @@ class NextTokens(PromptReader):
     Vector 0 is the last prompt token's, vector j the one after the j-th decoded token.  There are
     ``max_vectors`` at most; with 1 the prompt asks for one word.  Decoding ends at a special token, or at a closing
     quote: with ``stop`` "quote" the token that is a quote and nothing else, as in the reference, with "any quote" one
-    that holds a quote; "never" decodes them all.  The left part of the prompt is computed once.  With gradients, one
-    pass over prompt and decoded tokens reads the same positions.
+    that holds a quote; "never" decodes them all.  The left part of the prompt is computed once.  In training, with
+    gradients and without, one pass over prompt and decoded tokens reads the same positions.
     """
 
     config_keys: ClassVar[list[str]] = [*PromptReader.config_keys, "max_vectors", "stop"]
@@ -326,10 +324,10 @@ class NextTokens(PromptReader):
         return torch.tensor([self._ends_answer[i] for i in ids.tolist()], device=ids.device, dtype=torch.bool)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.training:  # a gradient cache wants the same dropout without gradients
             hidden, valid = self.teacher_forced(features)
         else:
-            hidden, valid, _ = self.decode(features, keep=not self.training)
+            hidden, valid, _ = self.decode(features, keep=True)
         return features | self.read(hidden, features["content_ids"], valid)
 
     def decode(self, features: dict[str, Any], keep: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Search in passages that stay on disk: exact over memory-mapped shards, by FAISS, and by both in two stages.
 
 :class:`PassageIndex` holds the encodings, :class:`FaissIndex` finds the nearest of them approximately, and
-:func:`two_stage_search` scores by MaxSim what FAISS found.  Ties are broken as in :mod:`diffret_lib.retrieval.search`.
+:func:`two_stage_search` scores exactly what FAISS found.  Ties are broken as in :mod:`diffret_lib.retrieval.search`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from diffret_lib.cache import MANIFEST, atomic_path, file_sha256, is_sealed, sea
 from diffret_lib.data.checks import whole_number
 from diffret_lib.retrieval.representations import Origin, Representations
 from diffret_lib.retrieval.search import (
-    MaxSim,
     Ranking,
     check_sides,
     in_mode,
     kinds_of,
     mean_vectors,
+    scores_of,
     search_parts,
     to_ranking,
 )
@@ -159,18 +159,19 @@ class PassageIndex:
 
 
 def _save(part: Representations, folder: Path, storage: str) -> None:
-    narrow = part.dense is not None and storage != "float32"
+    narrow, codes, scales = part.dense is not None and storage != "float32", part.dense, None
     (Representations(None, part.lengths, part.sparse, part.origin) if narrow else part).save(folder)
-    if not narrow:
-        return
-    scales = np.abs(part.dense).max(-1, initial=0) / np.float32(127)
-    scaled = part.dense / np.where(scales > 0, scales, 1)[..., None] if storage == "int8" else part.dense
     with np.errstate(over="ignore", invalid="ignore"):  # found below
-        codes = np.rint(scaled).astype(np.int8) if storage == "int8" else scaled.astype(np.float16)
-    if not np.isfinite(scales if storage == "int8" else codes).all():
+        if narrow and storage == "int8":
+            scales = np.abs(part.dense).max(-1, initial=0) / np.float32(127)
+            codes = np.rint(part.dense / np.where(scales > 0, scales, 1)[..., None]).astype(np.int8)
+        elif narrow:
+            codes = part.dense.astype(np.float16)
+    if codes is not None and not np.isfinite(codes if scales is None else scales).all():
         raise ValueError(f"shard {folder.name} has vectors that are not finite as {storage}")
-    np.save(folder / "codes.npy", codes)
-    if storage == "int8":
+    if narrow:
+        np.save(folder / "codes.npy", codes)
+    if scales is not None:
         np.save(folder / "scales.npy", scales)
 
 
@@ -295,7 +296,7 @@ def _flat(part: Representations, over: str) -> np.ndarray:
 def two_stage_search(
     queries: Representations, index: FaissIndex, candidates: int = 1000, top_k: int = 100, **parameters: int
 ) -> Ranking:
-    """Rank by MaxSim the ``candidates`` that FAISS finds for each query (:meth:`FaissIndex.candidates`).
+    """Rank by exact dense scores the ``candidates`` that FAISS finds for each query (:meth:`FaissIndex.candidates`).
 
     With all passages as candidates this is the exact search, but for the rounding of sums.  Pages of passages that were
     read stay in the process until the system needs the memory.  ValueError: more is asked for than there are
@@ -304,8 +305,9 @@ def two_stage_search(
     if whole_number("top_k", top_k) > whole_number("candidates", candidates):
         raise ValueError(f"top_k ({top_k}) must be no more than the candidates ({candidates})")
     passages, found = index.passages, []
+    (kind,) = kinds_of("dense", queries.vectors, passages.vectors)
     for i, row in enumerate(index.candidates(queries, candidates, **parameters)):
         own = np.sort(row[row >= 0])
-        scores = MaxSim(queries[[i]], passages.vectors)(passages.reconstruct(own))[0].numpy()
+        scores = scores_of(kind, queries[[i]], passages.vectors)(passages.reconstruct(own))[0].numpy()
         found.append((np.full(len(own), i), own, scores))
     return to_ranking(found, len(queries), min(top_k, len(passages)))

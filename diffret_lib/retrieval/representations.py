@@ -50,12 +50,13 @@ class Representations:
                 raise ValueError(f"{name} must be an array, {'sparse' if name == 'sparse' else 'dense'}: {given!r:.80}")
         if self.dense is not None and not np.issubdtype(self.dense.dtype, np.number):
             raise ValueError(f"dense must hold numbers, not {self.dense.dtype}")
-        n, k = len(self), self.vectors
-        if self.lengths.shape != (n,) or not np.issubdtype(self.lengths.dtype, np.integer):
+        if self.lengths.ndim != 1 or not np.issubdtype(self.lengths.dtype, np.integer):
             raise ValueError(f"lengths must be integers of shape (n,), not {self.lengths.dtype} {self.lengths.shape}")
+        n = len(self)
         if self.dense is not None:
             if self.dense.ndim != 3 or len(self.dense) != n:
                 raise ValueError(f"dense must have the shape ({n}, K, H), not {self.dense.shape}")
+            k = self.vectors
             if n and not 0 <= self.lengths.min() <= self.lengths.max() <= k:
                 raise ValueError(f"lengths must be in 0..{k}; found {self.lengths.min()}..{self.lengths.max()}")
             self.dense = self.dense.astype(np.float32, copy=False)

@@ -54,7 +54,7 @@ def search_parts(
         check_sides(queries, part, kinds)
         for kind in kinds if len(queries) and len(part) else ():
             if kind not in scores:
-                scores[kind] = _scores(kind, queries, part.vectors)
+                scores[kind] = scores_of(kind, queries, part.vectors)
             best[kind].add(scores[kind](part), end)
         end += len(part)
     return {kind: found.ranking(end - start if len(queries) else 0) for kind, found in best.items()}
@@ -98,7 +98,8 @@ def merged(rankings: Sequence[Ranking], top_k: int) -> Ranking:
     return to_ranking(found, len(rankings[0][0]), min(top_k, sum(ranking[0].shape[1] for ranking in rankings)))
 
 
-def _scores(kind: str, queries: Representations, vectors: int) -> Score:
+def scores_of(kind: str, queries: Representations, vectors: int) -> Score:
+    """What gives the scores of one of :data:`KINDS`, float32 (n_queries, n), of passages with so many vectors each."""
     if kind == "sparse":
         return partial(sparse_scores, queries.sparse)
     mean = kind == "mean"
@@ -199,7 +200,7 @@ class _Best:
         if not scores.numel():
             return
         end, values = start + scores.shape[1], scores.numpy().T  # in rows, as MaxSim has them: passages
-        if not np.isfinite(values.sum()) and not np.isfinite(values).all():  # one look at all; a sum can overflow
+        if not scores.sum().isfinite() and not scores.isfinite().all():  # one look at all; a sum can overflow
             raise ValueError(f"scores of the passages {start}..{end} are not finite")
         least = self.least
         if not self.found and end - start > self.top_k + 1:  # fewer to sort than all; one more for the excluded one

@@ -31,9 +31,9 @@ def stream(
 ) -> dict[str, Ranking]:  # fmt: skip
     """Rank passages for the queries ``asked`` as :func:`~diffret_lib.retrieval.search.search` ranks their encodings.
 
-    The rankings are the same to the bit.  Those of every :data:`SEGMENT_TEXTS` passages are kept in the cache, so that
-    an interrupted run goes on; the workers that the environment asks for share them
-    (:func:`~diffret_lib.retrieval.workers.spread`).
+    The rankings are the same, but for the last bit of a score where a product of matrices rounds its sums by its shape.
+    Those of every :data:`SEGMENT_TEXTS` passages are kept in the cache, so that an interrupted run goes on; the workers
+    that the environment asks for share them (:func:`~diffret_lib.retrieval.workers.spread`).
     """
     queries = retriever.encode(asked, "query", cached=True)
     without = None if excluded is None else excluded.tolist()

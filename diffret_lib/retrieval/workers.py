@@ -7,7 +7,6 @@ machines ``DIFFRET_CACHE`` is a folder that all of them see.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from diffret_lib.cache import cache_dir
 from diffret_lib.data.checks import whole_number
-from diffret_lib.models.backbones import LoadedBackbone
+from diffret_lib.models.backbones import LoadedBackbone, uncompiled
 from diffret_lib.models.prompts import Side
 from diffret_lib.retrieval import systems
 
@@ -67,23 +66,28 @@ def spread(
 
     The environment asks for workers (:func:`asked`), each of which has a copy of the backbone.  Nothing is done without
     any, or where ``size`` rows are all.  ``name`` is what the progress bar says.  ImportError: Ray is missing.
+    ValueError: a compiled backbone.
     """
     workers, starts = asked(), range(0, n, size)
     if workers == 0 or len(starts) < 2:
         return
+    model = uncompiled(retriever.backbone)
     ray = _connected(workers)
     backbone, gpus = retriever.backbone, int(retriever.backbone.device.type == "cuda")
     there = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1))
     workers = max(1, min(len(starts), workers or there))
-    sent = replace(backbone, model=copy.deepcopy(backbone.model).cpu()) if gpus else backbone
-    how = ray.put(sent), backbone.device.type, type(retriever), retriever._settings, ray.put(task)
+    device, sent = backbone.device, ray.put(replace(backbone, model=model.cpu()))
+    how = sent, device.type, type(retriever), retriever._settings, ray.put(task)
     rows = ray.data.from_items([{"start": start} for start in starts], override_num_blocks=len(starts))
     done = rows.map_batches(
         Worker, fn_constructor_args=(*how, n, size), batch_size=1, num_cpus=1, num_gpus=gpus, concurrency=workers
     )
-    with tqdm(total=n, desc=f"{retriever.name}: {name}, {workers} workers", unit="text") as bar:
-        for batch in done.iter_batches(batch_size=1):
-            bar.update(int(batch["texts"].sum()))
+    try:
+        with tqdm(total=n, desc=f"{retriever.name}: {name}, {workers} workers", unit="text") as bar:
+            for batch in done.iter_batches(batch_size=1):
+                bar.update(int(batch["texts"].sum()))
+    finally:
+        model.to(device)  # until now the memory of a GPU was the worker's
 
 
 class Worker:

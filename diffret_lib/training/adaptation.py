@@ -35,7 +35,7 @@ from diffret_lib.data.training_text import (
     training_texts,
 )  # fmt: skip
 from diffret_lib.environment import versions
-from diffret_lib.models.backbones import LoadedBackbone, make_bidirectional, with_adapter
+from diffret_lib.models.backbones import LoadedBackbone, make_bidirectional, uncompiled, with_adapter
 from diffret_lib.training.lora import add_lora, export_adapter, load_adapter
 from diffret_lib.training.masked_diffusion import (
     MaskedRows,
@@ -156,7 +156,7 @@ def adapt(
                 load_adapter(model, begun)
             adapter, curve = train(
                 model, before.weights, data, stage, work_folder("adaptation", key),
-                pad_id=parent.tokenizer.pad_token_id, evaluate_every=evaluate_every, save_every=500, bfloat16=bfloat16,
+                pad_id=parent.tokenizer.pad_token_id, evaluate_every=evaluate_every, save_every=500,
                 evaluate=lambda model: {
                     f"held_out {kind}": held_out_cross_entropy(model, rows, mask_id, bfloat16=bfloat16)
                     for kind, rows in held_out.items()
@@ -183,7 +183,7 @@ def layers(stages: Sequence[Recipe], folders: Sequence[Path]) -> list[Path]:
 
 def _staged(parent: LoadedBackbone, mask_id: int, folders: Sequence[Path]) -> LoadedBackbone:
     """The parent with bidirectional attention and the adapters of these stages merged in, in order."""
-    model = make_bidirectional(copy.deepcopy(parent.model))
+    model = make_bidirectional(copy.deepcopy(uncompiled(parent)))
     backbone = replace(parent, model=model, mask_id=mask_id, fingerprint=fingerprint(parent.fingerprint, mask_id))
     for folder in folders:
         backbone = with_adapter(backbone, folder / "adapter")

@@ -393,7 +393,8 @@ def publish_adapter(trained: FinetunedSystem, parent: Path) -> Path:
     """
     folder, about = _published(parent, trained.system, trained.repetition), trained.about
     settings, recipe = about["limits"]["development"], about["recipe"]
-    options = [f", {name}={settings[name]}" for name in ("k_query", "k_passage", "max_vectors") if name in settings]
+    named = "k_query", "k_passage", "max_vectors", "stop"
+    options = [f", {name}={json.dumps(settings[name])}" for name in named if name in settings]
     card = _CARD.format(
         system=trained.system, reader=trained.system.split()[0], backbone=about["backbone"]["name"],
         options="".join(options), collections=" and ".join(about["data"]["collections"]), seed=recipe["seed"],

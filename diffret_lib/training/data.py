@@ -41,18 +41,19 @@ class TrainingData:
 def training_data(parts: Sequence[tuple[Collection, pd.DataFrame]]) -> TrainingData:
     """A row for each query and passage relevant to it, with the query's hard negatives; equal texts are the same.
 
-    ``parts`` are collections with their mined negatives, the same number for each query.
+    ``parts`` are collections with their mined negatives, the same number for each query.  A passage that is the query
+    itself is no negative of it.
     """
     rows, relevant = [], defaultdict(set)
     codes: dict[str, int] = {}
     for collection, negatives in parts:
         texts = dict(zip(collection.passage_ids, collection.passages, strict=True))
-        mined = negatives.groupby("query_id")["passage_id"].agg(list)
+        mined, own = negatives.groupby("query_id")["passage_id"].agg(list), {*collection.own} & texts.keys()
         for query_id, query in zip(collection.query_ids, collection.queries, strict=True):
             positives = [texts[p] for p in collection.relevant(query_id)]
             others = {f"negative_{i}": texts[p] for i, p in enumerate(mined.get(query_id, ()), 1)}
             rows += [{"query": query, "positive": text, **others} for text in positives]
-            relevant[query].update(positives)
+            relevant[query].update(positives, [texts[query_id]] if query_id in own else [])
         for text in texts.values():
             codes.setdefault(text, len(codes))
     passages = torch.tensor([[codes[text] for name, text in row.items() if name != "query"] for row in rows])

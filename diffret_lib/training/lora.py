@@ -28,7 +28,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import SCHEDULER_NAME
 
 from diffret_lib.cache import is_sealed, seal, write_text
-from diffret_lib.models.backbones import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoadedBackbone
+from diffret_lib.models.backbones import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoadedBackbone, uncompiled
 
 
 def add_lora(
@@ -42,7 +42,7 @@ def add_lora(
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM", **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
-        model = get_peft_model(copy.deepcopy(backbone.model).to(dtype or backbone.dtype), config)
+        model = get_peft_model(copy.deepcopy(uncompiled(backbone)).to(dtype or backbone.dtype), config)
     model.peft_config["default"].base_model_name_or_path = backbone.spec.name
     return model
 

@@ -19,12 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from diffret_lib.models.prompts import ENGLISH_STOP_WORDS, QUOTE, RetrievalPrompt, Side, content_words, encode_plain
+from diffret_lib.models.prompts import (
+    ENGLISH_STOP_WORDS,
+    QUOTE,
+    RetrievalPrompt,
+    Side,
+    content_words,
+    encode_plain,
+    pad_left,
+)
 from diffret_lib.training.lora import AdapterCheckpoints, Checkpoints, Progress, train_to_end
 
 #: Tokens in the target distribution of a masked position.
@@ -188,15 +195,6 @@ def collect_answers(
     return answers
 
 
-def pad_left(rows: Sequence[Any], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` of rows of token ids, padded on the left; int64 [n, longest]."""
-    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-    sides = {"batch_first": True, "padding_side": "left"}
-    ids = pad_sequence(rows, padding_value=pad_id, **sides)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], **sides)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
 class MaskedRows(Dataset):
     """The ``length`` sequences of a stage, masked; an item is the same on every access, also in a resumed run.
 
@@ -303,20 +301,19 @@ class _HeldOut(TrainerCallback):
 def train(
     model: PeftModel, base: str, dataset: Dataset, recipe: Recipe, work: Path, *, pad_id: int,
     evaluate: Callable[[PeftModel], dict[str, Any]] | None = None, evaluate_every: int = 0, save_every: int = 50,
-    bfloat16: bool = False,
 ) -> tuple[Path, list[dict[str, Any]]]:  # fmt: skip
     """Run one stage; started again with the same folder ``work`` it goes on from its last whole checkpoint.
 
     ``base`` is the fingerprint of the weights that the adapter is for.  With a multiple of 10 in ``save_every`` an
-    interrupted training has the same curve, too: the loss is logged every 10 steps.  ``bfloat16`` is the trainer's
-    ``bf16``.
+    interrupted training has the same curve, too: the loss is logged every 10 steps.  Products are in the dtypes of the
+    weights.
 
     Returns the adapter's folder in ``work``, and the curve: records with stage, step, tokens_seen, and loss, grad_norm,
     learning_rate and epoch, or what ``evaluate`` returns (held_out, ...).
     """
     arguments = TrainingArguments(
         output_dir=str(work), report_to="none", disable_tqdm=True, remove_unused_columns=False, seed=recipe.seed,
-        use_cpu=not torch.cuda.is_available(), bf16=bfloat16, train_sampling_strategy="sequential",
+        use_cpu=not torch.cuda.is_available(), train_sampling_strategy="sequential",
         max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size, logging_steps=min(10, recipe.steps),
         learning_rate=recipe.learning_rate, warmup_steps=recipe.warmup_steps, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.final_learning_rate / recipe.learning_rate},

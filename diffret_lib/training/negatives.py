@@ -19,8 +19,9 @@ def mine_hard_negatives(collection: Collection, runs: Mapping[str, Run], n: int,
     """The n highest passages of each query that are not relevant, taken from the rankings in turn.
 
     ``runs`` are rankings of the collection's queries by the name of their source; which comes first changes from query
-    to query.  Passages judged relevant, and passages of the same text as one of those or as a negative already taken,
-    are left out.  A query whose rankings hold too few is filled up with random passages, those of ``seed``.
+    to query.  Passages judged relevant, the passage that is the query itself, and passages of the same text as one of
+    those or as a negative already taken, are left out.  A query whose rankings hold too few is filled up with random
+    passages, those of ``seed``.
 
     Returns
     -------
@@ -35,11 +36,13 @@ def mine_hard_negatives(collection: Collection, runs: Mapping[str, Run], n: int,
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
     texts = dict(zip(collection.passage_ids, collection.passages, strict=True))
-    names, rows = list(runs), []
+    names, own, rows = list(runs), {*collection.own}, []
     for place, query_id in enumerate(collection.query_ids):
         relevant = {texts[p] for p in collection.relevant(query_id)}
         if not relevant:
             continue
+        if query_id in own and query_id in texts:
+            relevant.add(texts[query_id])
         shift = place % max(1, len(names))
         rankings = []
         for name in names[shift:] + names[:shift]:
