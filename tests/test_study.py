@@ -318,7 +318,7 @@ def test_a_cached_grid_has_the_collection_s_own_name(s):
 
 
 def test_fine_tuned_systems(s, tmp_path, monkeypatch):
-    data = s.training_data
+    data = s.training_data()
     mined = data.negatives
     assert {"query_id", "passage_id", "source"} <= set(mined)
     assert len(mined) == s.profile.training.negatives * len(s.train_collection.queries) and len(data.rows) == 10

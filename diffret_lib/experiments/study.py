@@ -200,7 +200,6 @@ class Study:
             ]
         return found
 
-    @cached_property
     def training_data(self) -> TrainingData:
         """The training collections, with hard negatives of BM25 and zero-shot DiffRetriever (selected pair, hybrid).
 
@@ -240,7 +239,7 @@ class Study:
         retriever, folder = self.untrained(system), self.profile.training.adapters
         if folder:
             return contrastive.load_published(CHECKOUT / folder, system, retriever, repetition)
-        data, development = self.training_data, self.training_development
+        data, development = self.training_data(), self.training_development
         return contrastive.finetune_selected(
             system, retriever, data, self.profile, development, repetition=repetition, **options
         )

@@ -76,18 +76,19 @@ def spread(
     backbone, gpus = retriever.backbone, int(retriever.backbone.device.type == "cuda")
     there = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1))
     workers = max(1, min(len(starts), workers or there))
-    device, sent = backbone.device, ray.put(replace(backbone, model=model.cpu()))
-    how = sent, device.type, type(retriever), retriever._settings, ray.put(task)
-    rows = ray.data.from_items([{"start": start} for start in starts], override_num_blocks=len(starts))
-    done = rows.map_batches(
-        Worker, fn_constructor_args=(*how, n, size), batch_size=1, num_cpus=1, num_gpus=gpus, concurrency=workers
-    )
+    device = backbone.device
     try:
+        sent = ray.put(replace(backbone, model=model.cpu()))
+        how = sent, device.type, type(retriever), retriever._settings, ray.put(task)
+        rows = ray.data.from_items([{"start": start} for start in starts], override_num_blocks=len(starts))
+        done = rows.map_batches(
+            Worker, fn_constructor_args=(*how, n, size), batch_size=1, num_cpus=1, num_gpus=gpus, concurrency=workers
+        )
         with tqdm(total=n, desc=f"{retriever.name}: {name}, {workers} workers", unit="text") as bar:
             for batch in done.iter_batches(batch_size=1):
                 bar.update(int(batch["texts"].sum()))
     finally:
-        model.to(device)  # until now the memory of a GPU was the worker's
+        model.to(device)  # until now the memory of a GPU was the workers'
 
 
 class Worker:
