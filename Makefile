@@ -2,7 +2,7 @@
 
 # What is given on the command line or in the environment is data: `value` and `:=` keep make from expanding it, and
 # recipes read it from the shell's environment, so that no quote, space, semicolon or dollar in it is ever run.
-$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$(eval override $v := $$(value $v))))
+$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$(eval override $v := $$(value $v))$(eval export $v)))
 override PROFILE     := $(or $(value PROFILE),embedded)
 override COLLECTION  := $(value COLLECTION)
 override ARGS        := $(value ARGS)

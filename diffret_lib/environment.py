@@ -16,7 +16,9 @@ NUMERIC_PACKAGES = (
     "torch", "transformers", "tokenizers", "sentence-transformers", "peft", "accelerate", "gguf", "datasets", "numpy",
     "numba", "scipy", "pandas", "scikit-learn", "statsmodels", "ranx", "faiss-cpu", "bm25s", "PyStemmer", "numpydoc",
 )  # fmt: skip
-RECORDED_PACKAGES = ("diffret", *NUMERIC_PACKAGES, "safetensors", "matplotlib", "seaborn", "papermill")
+RECORDED_PACKAGES = (
+    "diffret", *NUMERIC_PACKAGES, "safetensors", "pyarrow", "networkx", "matplotlib", "seaborn", "papermill"
+)  # fmt: skip
 
 
 def versions(packages: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str | None]:

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 #: Tables of measured times, and of what is computed from them.
-TIMED = ("latency_", "claim4_ratios", "claims", "allocator_latency", "effectiveness_latency", "backbones")
-#: Column of measured times in the other tables.
-SECONDS = "seconds"
+TIMED = ("latency", "claim4_ratios", "claims", "paper_against_ours", "effectiveness_latency", "backbones")
+#: Columns of measured times in the other tables.
+SECONDS = ["seconds", "query_ms", "passage_ms"]
 
 
 def compare(one: Path, other: Path) -> tuple[bool, str]:

@@ -26,11 +26,15 @@ from diffret_lib.experiments.study import SYSTEMS, Study
 from diffret_lib.training.contrastive import publish_adapter
 
 
-def train(profile: str, out: Path, systems: list[str], seeds: int | None = None) -> list[Path]:
-    """Train and publish; repetition 0 of every system comes first. Returns the folders."""
+def train(profile: str, out: Path, systems: list[str] | None = None, seeds: int | None = None) -> list[Path]:
+    """Train and publish; repetition 0 of every system comes first. Returns the folders.
+
+    By default the systems are those that the profile fine-tunes, or all where it fine-tunes none.
+    """
     loaded = load_profile(profile)
     training = loaded.training.model_copy(update={"adapters": None} | ({"seeds": seeds} if seeds else {}))
     study, folders = Study(loaded.model_copy(update={"training": training})), []
+    systems = systems or study.fine_tuned or list(SYSTEMS)
     runs = [(r, s) for r in range(training.seeds) for s in systems if r < study.repetitions(s)]
     for repetition, system in runs:
         trained = study.finetune(system, repetition)
@@ -55,7 +59,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("profile", help="a name in notebooks/profiles, or the path of a YAML file")
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapters")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="SYSTEM")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="SYSTEM", help="by default the profile's")
     parser.add_argument("--seeds", type=int, help="repetitions of the repeated systems, by default the profile's")
     given = parser.parse_args()
     join()

@@ -28,7 +28,7 @@ from transformers.utils import cached_file
 
 from diffret_lib.cache import StorageError, cache_dir
 from diffret_lib.config import CHECKOUT, Profile, ProfileError, Sample, collection_folder, load_profile
-from diffret_lib.data.beir import in_cache
+from diffret_lib.data.beir import TRAINING_ROWS, in_cache
 from diffret_lib.data.collection import Collection
 from diffret_lib.data.protocols import Published, published
 from diffret_lib.experiments.departures import dtype_studies
@@ -39,7 +39,7 @@ from diffret_lib.models.prompts import SIDES, Side
 from diffret_lib.models.released import RELEASED
 from diffret_lib.retrieval.streaming import SEGMENT_TEXTS
 from diffret_lib.retrieval.systems import BM25, CUDA_BATCH, PromptReps, Retriever
-from diffret_lib.training.contrastive import CUDA_MINI_BATCHES
+from diffret_lib.training.contrastive import CUDA_MINI_BATCHES, published_folder
 
 #: Tokens of prompt, answer and tail besides the text and the vectors, at most.
 PROMPT_TOKENS = 128
@@ -126,6 +126,14 @@ def _collection_faults(profile: Profile) -> Iterator[str]:
         yield f"fine_tuned: there is no system {name!r}; there are {', '.join(SYSTEMS)}"
     if p.training.adapters and not (CHECKOUT / p.training.adapters).is_dir():
         yield f"training.adapters: there is no folder {CHECKOUT / p.training.adapters}"
+    elif p.training.adapters:
+        runs = [(system, seed) for system in study.fine_tuned for seed in range(study.repetitions(system))]
+        folders = {published_folder(CHECKOUT / p.training.adapters, *run) for run in runs}
+        for folder in sorted(path for path in folders if not (path / "recipe.json").is_file()):
+            yield f"training.adapters: there is no adapter in {folder}; scripts/finetune.py writes it there"
+    elif (rows := p.training.rows) not in (None, TRAINING_ROWS.hub):
+        if study.fine_tuned and not (CHECKOUT / os.path.expanduser(rows)).is_file():
+            yield f"training.rows: there is no file {CHECKOUT / os.path.expanduser(rows)}"
     if p.train_collection not in trained:
         yield f"training.collections: {p.train_collection}, the train_collection, is not among them"
     for key, size in chosen.items():
@@ -197,8 +205,10 @@ def elsewhere(name: str) -> Published | None:
 
 
 def weights_are_here(name: str) -> bool:
-    """Whether all files of the weights of a backbone of the hub are on this machine."""
+    """Whether all files of a backbone's weights are on this machine."""
     source = get_backbone(name).source
+    if not source.hub:
+        return True
 
     def here(file: str) -> str | None:
         try:
@@ -404,6 +414,7 @@ def _seconds(retriever: Retriever, collection: Collection, side: Side) -> float:
 
 
 def main() -> None:
+    os.chdir(CHECKOUT / "notebooks")  # a relative path is what it is in the notebooks
     profile = load_profile(os.environ.get("PROFILE") or "embedded", os.environ.get("COLLECTION"))
     check(profile)
     needed = plan(profile)

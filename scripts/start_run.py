@@ -2,9 +2,10 @@
 
 The profile is named by the environment variable PROFILE, further collections by COLLECTION.  For every notebook
 ``build/PROFILE/NAME.inputs`` gets a SHA-256 over all that its result depends on: its cells, the library's code (without
-comments and docstrings) and data, the versions of the packages, the profile, the files of its collections and of the
-adapters that it names.  Its time is what make looks at: that of 1970 when ``NAME.done`` has the same SHA-256 and all
-files that it names are there, else now.  Where a notebook is out of date the profile is checked as a whole first.
+comments and docstrings) and data, the versions of the packages, whether there is a GPU, the profile, and the files of
+the collections, adapters, backbones and rows to train on that it names.  Its time is what make looks at: that of 1970
+when ``NAME.done`` has the same SHA-256 and all files that it names are there, else now.  Where a notebook is out of
+date the profile is checked as a whole first.
 The command gets LEFT_OUT, the notebooks that the profile has no work for.
 
 One run at a time: a second one in the same checkout with the same profile says that it waits.
@@ -16,13 +17,23 @@ import fcntl
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from diffret_lib.addresses import SourceTree, fingerprint
 from diffret_lib.cache import StorageError, cache_dir, explained, file_sha256, sweep, write_text
-from diffret_lib.config import CHECKOUT, ProfileError, collection_folder, load_profile, split_collections
+from diffret_lib.config import (
+    CHECKOUT,
+    Profile,
+    ProfileError,
+    collection_folder,
+    data_root,
+    load_profile,
+    read_yaml,
+    split_collections,
+)
 from diffret_lib.data.protocols import published
-from diffret_lib.environment import versions
+from diffret_lib.environment import hardware, versions
 
 #: Notebooks that are left out where the profile adapts no backbone, and where it fine-tunes nothing.
 ADAPTATION, TRAINING = "00_diffusion_backbone", "03_training"
@@ -68,6 +79,21 @@ def prepare(name: str, depends_on: str, build: Path, results: Path) -> bool:
     return fresh
 
 
+def large_files(profile: Profile) -> Iterator[Path]:
+    """Rows to train on, and the files of backbones that are folders: too large to be read at every start."""
+    rows, data = profile.training.rows, data_root()
+    places = [CHECKOUT / os.path.expanduser(rows)] if rows else []
+    places += [data / Path(rows).name / "train.jsonl.gz"] if rows and data else []
+    yield from (place for place in places if place.is_file())
+    registry, waiting = read_yaml(CHECKOUT / "diffret_lib" / "models" / "backbones.yaml"), []
+    waiting += [name for _, name in profile.backbones if name]
+    while waiting:
+        source = registry.get(waiting.pop(), {}).get("source", {})
+        waiting += [source["parent"]] if "parent" in source else []
+        if "path" in source:
+            yield from (file for file in Path(source["path"]).expanduser().glob("*") if file.is_file())
+
+
 def main(command: list[str]) -> None:
     """Replace this process by the command, which then holds the lock."""
     collection = os.environ.get("COLLECTION", "").strip()
@@ -95,7 +121,9 @@ def main(command: list[str]) -> None:
     if profile.training.adapters:
         paths += (path for path in (CHECKOUT / profile.training.adapters).glob("*/*") if path.is_file())
     files = {str(path): file_sha256(path) for path in paths}
-    depends_on = fingerprint(library(), versions(), profile.model_dump(mode="json"), collection, files)
+    files |= {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in large_files(profile)}
+    gpu = bool(hardware()["gpu"])
+    depends_on = fingerprint(library(), versions(), profile.model_dump(mode="json"), collection, files, gpu)
     left_out = [ADAPTATION] if profile.adaptation is None else []
     left_out += [TRAINING] if profile.fine_tuned == [] else []
     os.environ["LEFT_OUT"] = " ".join(left_out)

@@ -396,7 +396,9 @@ def test_published_adapter_stands_in_for_training(root, tmp_path):
     retriever = make_retriever(root, "DiffRetriever multi")
     loaded = load_published(tmp_path, "DiffRetriever multi", retriever, 2)
     assert (loaded.curve, loaded.selection, loaded.repetition) == (result.curve, result.selection, 2)
-    assert contrastive.publish_adapter(loaded, tmp_path) == folder  # again, from what it is itself
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert contrastive.publish_adapter(loaded, tmp_path) == folder  # what is there already, and stays
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     assert load_published(tmp_path, "DiffRetriever multi", retriever, 2) == replace(loaded, about=ANY)
     with pytest.raises(FileNotFoundError, match=r"holds no adapter of DiffRetriever multi; scripts/finetune.py"):
         load_published(tmp_path, "DiffRetriever multi", retriever)

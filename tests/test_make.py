@@ -205,6 +205,31 @@ def test_adapters_that_stand_in_for_training_are_inputs(checkout):
     assert len(found) == 2
 
 
+def test_rows_backbones_of_folders_and_a_gpu_are_inputs(checkout):
+    profile, registry = checkout.root / "notebooks/profiles/smoke.yml", checkout.root / "diffret_lib/models/backbones.yaml"
+    line, rows, model = "    patience: 2\n", checkout.root / "rows.jsonl", checkout.root / "model" / "model.safetensors"
+    more = f"{line}    rows: rows.jsonl\n    mask_false_negatives: false\n"
+    text = profile.read_text(encoding="utf-8").replace(line, more)
+    profile.write_text(text.replace("text_only: smollm2-135m-diffusion-text", "text_only: child"), encoding="utf-8")
+    own = {"child": {"source": {"parent": "own", "adapter": "x"}}, "own": {"source": {"path": str(model.parent)}}}
+    registry.write_text(json.dumps(own))
+    model.parent.mkdir()
+    smi = checkout.root / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    found = []
+    for path, content in ((rows, "a"), (model, "a"), (rows, "bb"), (model, "bb"), (smi, "#!/bin/sh\necho A, 1\n")):
+        path.write_text(content)
+        path.chmod(0o755)
+        checkout.runs(PATH=f"{smi.parent}{os.pathsep}{os.environ['PATH']}")
+        found.append((checkout.root / "build/smoke" / f"{NAMES[0]}.inputs").read_text())
+    assert len(set(found)) == 5
+
+
+def test_variables_of_the_command_line_reach_the_programs(checkout):
+    assert checkout.runs("DIFFRET_CACHE=elsewhere") == NAMES
+    assert (checkout.root / "elsewhere").is_dir() and not (checkout.root / "cache").exists()
+
+
 @pytest.mark.parametrize("text", [
     "$(shell touch ran)", "`touch ran`", "; touch ran", "\"; touch ran; \"", "'; touch ran; '", "$$(touch ran)", "a b",
     "%", "smoke smoke", "../smoke", "x$y(z",
@@ -302,12 +327,13 @@ def test_tables_are_compared(tmp_path):
         return done.returncode, done.stdout + done.stderr
 
     table = {"grid": "k,ndcg\n1,0.5\n2,0.25\n"}
-    assert compare(table | {"latency_search": "1"}, table | {"latency_search": "2"}) == (
+    one, other = ({"latency_search": time, "latency": time, "paper_against_ours": time} for time in "12")
+    assert compare(table | one, table | other) == (
         0, f"{'grid.csv':32} equal, byte by byte\n1 of 1 tables are equal\n",
     )  # fmt: skip
     status, text = compare(table, {"grid": "K,kind,ndcg\n1,x,0.5\n2,y,0.25\n"})
     assert status == 0 and "equal, value by value (k is now K; new column kind)" in text
-    timed = [{"training_summary": f"system,seconds\nA,{seconds}\n"} for seconds in (1, 2)]
+    timed = [{"training_summary": f"system,seconds,query_ms\nA,{seconds},{seconds}\n"} for seconds in (1, 2)]
     assert compare(*timed)[0] == 0
     for grid in ("k,ndcg\n1,0.5\n2,0.26\n", "k\n1\n2\n", "k,ndcg\n1,0.5\n"):
         assert compare(table, {"grid": grid})[0] == 1

@@ -49,6 +49,13 @@ def test_a_profile_of_the_hub_that_tests_what_it_trains_on():
         check(domain)
 
 
+def test_rows_that_are_not_there():
+    paper = load_profile("paper")
+    training = paper.training.model_copy(update={"rows": "nowhere.jsonl"})
+    with pytest.raises(ProfileError, match=r"training\.rows: there is no file .*nowhere\.jsonl"):
+        check(paper.model_copy(update={"training": training, "fine_tuned": None}))
+
+
 def test_parameters_follow_from_the_shapes():
     """Layers, hidden size, inner size, size of keys and values, vocabulary; Qwen2 has biases of q, k and v."""
     shapes = {
@@ -136,6 +143,7 @@ def test_weights_are_here_when_all_their_files_are(tmp_path):
     assert not planning.weights_are_here(spec.name)
     Path(snapshot / "model-2.safetensors").touch()
     assert planning.weights_are_here(spec.name)
+    assert planning.weights_are_here("smollm2-135m-instruct")  # not of the hub
 
 
 def test_the_rate_of_products_is_measured(monkeypatch):

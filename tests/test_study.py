@@ -78,6 +78,7 @@ def test_out_of_domain_leaves_out_what_is_trained_on(s):
 def test_published_collections_of_the_same_passages(s):
     assert s.same_domain("beir/scifact", "beir/scifact:train") and s.same_domain("msmarco/dl19", "msmarco/train")
     assert not s.same_domain("beir/scifact", "msmarco/train")  # nothing is loaded to know it
+    assert not s.same_domain("pydocs/numpy", "msmarco/train")
     for part, of in {"msmarco": "msmarco/train", "fiqa2018": "beir/fiqa", "scifact": "beir/scifact:train"}.items():
         assert s.same_domain(f"nano/{part}", of) and not s.same_domain(f"nano/{part}", "beir/nq")
 
@@ -359,6 +360,8 @@ def test_rows_of_the_hub_are_those_of_ms_marco(s, monkeypatch):
     monkeypatch.setattr(Study, "same_domain", lambda self, name, train: train == "msmarco/train")
     for given, domain in ({}, ["mine-test", "other"]), (more, []):
         assert changed(s, training=s.profile.training.model_dump() | given).out_of_domain == domain
+    dream = s.profile.backbones.model_dump() | {"diffusion": "dream-v0-instruct-7b"}
+    assert changed(s, backbones=dream, fine_tuned=[]).out_of_domain == []  # the authors' adapters are trained on it
 
 
 def test_published_adapters_are_loaded_and_nothing_is_trained(s, monkeypatch):

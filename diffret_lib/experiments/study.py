@@ -145,10 +145,11 @@ class Study:
     @cached_property
     def out_of_domain(self) -> list[str]:
         """Names of the test collections of no package and no passages that pairs are selected or systems trained on."""
-        seen = {self.profile.train_collection}
-        if self.fine_tuned:
-            seen |= {c.collection for c in self.profile.training.collections}
-            seen |= {"msmarco/train"} if self.profile.training.rows == TRAINING_ROWS.hub else set()
+        seen, training = {self.profile.train_collection}, self.profile.training
+        seen |= {c.collection for c in training.collections if self.fine_tuned}
+        released = any(adapter.backbone == self.profile.backbones.diffusion for adapter in RELEASED.values())
+        if released or (self.fine_tuned and training.rows == TRAINING_ROWS.hub):
+            seen.add("msmarco/train")
         named = zip(self.profile.test_collections, self.test_collections, strict=True)
         return [c.name for name, c in named if not any(self.same_domain(name, train) for train in seen)]
 
@@ -158,6 +159,8 @@ class Study:
             return name.startswith(train.rsplit("-", 1)[0])
         if published(name) and published(train):
             return source(name) == source(train)
+        if {name, train} & {*PYDOCS} and (published(name) or published(train)):
+            return False
         for key in {name, train} - self._passages.keys():
             digest = hashlib.sha256()
             for text in load_collection(key).passages:

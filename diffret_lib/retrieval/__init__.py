@@ -2,6 +2,7 @@
 
 import os
 import resource
+from contextlib import suppress
 
 from diffret_lib.cache import cache_dir
 
@@ -11,11 +12,10 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "numba"))
 
 def allow_many_files() -> None:
     """Raise this process's limit of open files to what it may have: a shard that is memory-mapped keeps three open."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    except (OSError, ValueError):  # macOS names no number that it takes
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 10_240), most))
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (most, max(now, 10_240)):  # macOS names no number that it takes
+        with suppress(OSError, ValueError):
+            return resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
 
 
 allow_many_files()

@@ -118,7 +118,7 @@ def _connected(workers: int | None) -> Any:
         import ray
         import ray.data
     except ImportError as error:
-        raise ImportError(f"{WORKERS} and RAY_ADDRESS need Ray: python -m pip install 'diffret[ray]'") from error
+        raise ImportError(f"{WORKERS} and RAY_ADDRESS need Ray: python -m pip install 'ray[data]'") from error
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
         here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}

@@ -40,7 +40,7 @@ from diffret_lib.models.prompts import SIDES
 from diffret_lib.retrieval.metrics import METRIC, per_query
 from diffret_lib.retrieval.search import MODES, rank, to_results
 from diffret_lib.retrieval.systems import Retriever
-from diffret_lib.training.data import TrainingData, described
+from diffret_lib.training.data import TrainingData, described, training_data
 from diffret_lib.training.lora import (
     AdapterCheckpoints,
     Checkpoints,
@@ -178,7 +178,7 @@ def finetune(
         "data": {"fingerprint": data.fingerprint, "rows": len(data.rows), "collections": data.names},
         "development": {"fingerprint": development.fingerprint, "collection": described(development)},
     }
-    code = [finetune, type(retriever), type(retriever.reader)]
+    code = [finetune, training_data, type(retriever), type(retriever.reader)]
     key = address(code, about, [retriever.fingerprint(side) for side in SIDES])
 
     def make(folder: Path) -> None:
@@ -382,16 +382,20 @@ retriever = {reader}("{backbone}"{options}).with_adapter("path/of/this/folder")
 """
 
 
-def _published(parent: Path, system: str, repetition: int) -> Path:
+def published_folder(parent: Path, system: str, repetition: int) -> Path:
+    """Where in a folder of published adapters that of a system is."""
     return parent / (slug(system) + (f"-seed-{repetition}" if repetition else ""))
 
 
 def publish_adapter(trained: FinetunedSystem, parent: Path) -> Path:
     """Write a trained adapter to ``parent/<system>`` (``<system>-seed-<repetition>`` but for the first).
 
-    Its weights are in bfloat16, half the size; curve, recipe and a card are beside them.
+    Its weights are in bfloat16, half the size; curve, recipe and a card are beside them.  One that was loaded from
+    there stays as it is.
     """
-    folder, about = _published(parent, trained.system, trained.repetition), trained.about
+    folder, about = published_folder(parent, trained.system, trained.repetition), trained.about
+    if trained.adapter.resolve() == folder.resolve():
+        return folder
     settings, recipe = about["limits"]["development"], about["recipe"]
     named = "k_query", "k_passage", "max_vectors", "stop"
     options = [f", {name}={json.dumps(settings[name])}" for name in named if name in settings]
@@ -416,7 +420,7 @@ def load_published(parent: Path, system: str, retriever: Retriever, repetition: 
     FileNotFoundError: there is none.  BackboneError: it is for another backbone, or other numbers of vectors, or its
     weights are not whole.
     """
-    folder = _published(parent, system, repetition)
+    folder = published_folder(parent, system, repetition)
     if not (folder / "recipe.json").is_file():
         raise FileNotFoundError(f"{folder} holds no adapter of {system}; scripts/finetune.py writes it there")
     trained = FinetunedSystem.load(folder, ".")
