@@ -206,15 +206,16 @@ def test_adapters_that_stand_in_for_training_are_inputs(checkout):
 
 
 def test_rows_backbones_of_folders_and_a_gpu_are_inputs(checkout):
-    profile, registry = checkout.root / "notebooks/profiles/smoke.yml", checkout.root / "diffret_lib/models/backbones.yaml"
-    line, rows, model = "    patience: 2\n", checkout.root / "rows.jsonl", checkout.root / "model" / "model.safetensors"
+    root, line = checkout.root, "    patience: 2\n"
+    profile, registry = root / "notebooks/profiles/smoke.yml", root / "diffret_lib/models/backbones.yaml"
+    rows, model = root / "rows.jsonl", root / "model" / "model.safetensors"
     more = f"{line}    rows: rows.jsonl\n    mask_false_negatives: false\n"
     text = profile.read_text(encoding="utf-8").replace(line, more)
     profile.write_text(text.replace("text_only: smollm2-135m-diffusion-text", "text_only: child"), encoding="utf-8")
     own = {"child": {"source": {"parent": "own", "adapter": "x"}}, "own": {"source": {"path": str(model.parent)}}}
     registry.write_text(json.dumps(own))
     model.parent.mkdir()
-    smi = checkout.root / "bin" / "nvidia-smi"
+    smi = root / "bin" / "nvidia-smi"
     smi.parent.mkdir()
     found = []
     for path, content in ((rows, "a"), (model, "a"), (rows, "bb"), (model, "bb"), (smi, "#!/bin/sh\necho A, 1\n")):
