@@ -227,8 +227,9 @@ def test_rows_backbones_of_folders_and_a_gpu_are_inputs(checkout):
 
 
 def test_variables_of_the_command_line_reach_the_programs(checkout):
-    assert checkout.runs("DIFFRET_CACHE=elsewhere") == NAMES
-    assert (checkout.root / "elsewhere").is_dir() and not (checkout.root / "cache").exists()
+    del checkout.environment["DIFFRET_CACHE"]  # what is in the environment reaches them in any case
+    assert checkout.runs("DIFFRET_CACHE=elsewhere", XDG_CACHE_HOME=str(checkout.root / "home")) == NAMES
+    assert (checkout.root / "elsewhere").is_dir() and not (checkout.root / "home").exists()
 
 
 @pytest.mark.parametrize("text", [
