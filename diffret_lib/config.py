@@ -268,6 +268,17 @@ def data_root() -> Path | None:
     return CHECKOUT / os.path.expanduser(named) if named else None
 
 
+def rows_file(rows: str | Path) -> Path | None:
+    """The file of ``training.rows`` on this machine, or None.
+
+    It is a path from the checkout (``~`` is the home folder), or a repository's ``NAME/train.jsonl.gz`` in the folder
+    ``DIFFRET_DATA``.
+    """
+    data, places = data_root(), [CHECKOUT / os.path.expanduser(rows)]
+    places += [data / Path(rows).name / "train.jsonl.gz"] if data else []
+    return next(filter(Path.is_file, places), None)
+
+
 def data_folders(name: str) -> list[str]:
     """Folders that may hold a named collection in the folder ``DIFFRET_DATA``, or none for another name.
 

@@ -27,7 +27,7 @@ import torch
 from transformers.utils import cached_file
 
 from diffret_lib.cache import StorageError, cache_dir
-from diffret_lib.config import CHECKOUT, Profile, ProfileError, Sample, collection_folder, load_profile
+from diffret_lib.config import CHECKOUT, Profile, ProfileError, Sample, collection_folder, load_profile, rows_file
 from diffret_lib.data.beir import TRAINING_ROWS, in_cache
 from diffret_lib.data.collection import Collection
 from diffret_lib.data.protocols import Published, published
@@ -131,9 +131,8 @@ def _collection_faults(profile: Profile) -> Iterator[str]:
         folders = {published_folder(CHECKOUT / p.training.adapters, *run) for run in runs}
         for folder in sorted(path for path in folders if not (path / "recipe.json").is_file()):
             yield f"training.adapters: there is no adapter in {folder}; scripts/finetune.py writes it there"
-    elif (rows := p.training.rows) not in (None, TRAINING_ROWS.hub):
-        if study.fine_tuned and not (CHECKOUT / os.path.expanduser(rows)).is_file():
-            yield f"training.rows: there is no file {CHECKOUT / os.path.expanduser(rows)}"
+    elif (rows := p.training.rows) not in (None, TRAINING_ROWS.hub) and study.fine_tuned and not rows_file(rows):
+        yield f"training.rows: there is no file {rows}"
     if p.train_collection not in trained:
         yield f"training.collections: {p.train_collection}, the train_collection, is not among them"
     for key, size in chosen.items():

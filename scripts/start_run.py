@@ -27,9 +27,9 @@ from diffret_lib.config import (
     Profile,
     ProfileError,
     collection_folder,
-    data_root,
     load_profile,
     read_yaml,
+    rows_file,
     split_collections,
 )
 from diffret_lib.data.protocols import published
@@ -81,12 +81,10 @@ def prepare(name: str, depends_on: str, build: Path, results: Path) -> bool:
 
 def large_files(profile: Profile) -> Iterator[Path]:
     """Rows to train on, and the files of backbones that are folders: too large to be read at every start."""
-    rows, data = profile.training.rows, data_root()
-    places = [CHECKOUT / os.path.expanduser(rows)] if rows else []
-    places += [data / Path(rows).name / "train.jsonl.gz"] if rows and data else []
-    yield from (place for place in places if place.is_file())
-    registry, waiting = read_yaml(CHECKOUT / "diffret_lib" / "models" / "backbones.yaml"), []
-    waiting += [name for _, name in profile.backbones if name]
+    if profile.training.rows and (rows := rows_file(profile.training.rows)):
+        yield rows
+    registry = read_yaml(CHECKOUT / "diffret_lib" / "models" / "backbones.yaml")
+    waiting = [name for _, name in profile.backbones if name]
     while waiting:
         source = registry.get(waiting.pop(), {}).get("source", {})
         waiting += [source["parent"]] if "parent" in source else []

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -254,6 +255,17 @@ def test_no_code_but_ours_runs(loaded, kind):
         assert get_backbone(name).prediction_shift == name.startswith("dream")
 
 
+def test_padding_changes_no_representation(loaded, kind):
+    retriever = DiffRetriever(loaded[kind], k_query=4, k_passage=4)
+    together = retriever.encode_passages(TEXTS, progress=False)
+    for i, text in enumerate(TEXTS):
+        alone = retriever.encode_passages([text], progress=False)
+        assert alone.lengths[0] == together.lengths[i]
+        cosines = (alone.dense[0] * together.dense[i]).sum(-1)[: alone.lengths[0]]
+        assert cosines.min() >= 0.9999
+        np.testing.assert_allclose(alone.sparse.toarray()[0], together.sparse.toarray()[i], atol=1e-4)
+
+
 def test_llada_begins_with_its_start_token_once(loaded):
     own = reader(loaded["llada"])
     row = own.preprocess(["priority queue"], task="query")["input_ids"][0].tolist()
@@ -315,7 +327,9 @@ def test_settings_that_llama_does_not_have(name):
     assert LLaDAConfig(**{name: None, "d_model": 64}).head_dim == 2
 
 
-def test_a_chat_template_is_needed(tmp_path):
+def test_mask_token_and_chat_template_are_there(folders, tmp_path):
+    with pytest.raises(ValueError, match=r"the vocabulary has no mask token '<\|mask\|>'"):
+        load_backbone(spec("llada", path=folders["llada"]).model_copy(update={"mask_token": "<|mask|>"}))
     folder = write_checkpoint("llada", tmp_path / "bare")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": None}))

@@ -34,7 +34,11 @@ def test_tables(diffusion, tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     assert (times[["seconds", "q1", "q3", "passages_per_second"]] > 0).all(axis=None)
     assert times["gflop_per_second"].notna().tolist() == [False, True, False, True, True, False, False]
-    assert len(ratios) == 6
+    assert ratios["what"].tolist() == [
+        "plain float32 / ours float32, K=2", "plain float32 / ours compiled float32, K=2",
+        "matrix products / ours, float32", "matrix products / ours compiled, float32",
+        "all K at once / one by one, float32", "K=4 / K=1, float32",
+    ]  # fmt: skip
     assert "float32" in capsys.readouterr().out
 
 
@@ -130,11 +134,15 @@ def test_quality_by_hand():
 
 
 def test_bfloat16_beside_float32(s, tmp_path, monkeypatch, capsys):
-    asked, table = [], pd.DataFrame([dict.fromkeys(departures.COLUMNS, 0.5)])
+    asked, table_of = [], bfloat16.dtype_table
     monkeypatch.setattr(bfloat16, "load_profile", lambda name: s.profile)
-    monkeypatch.setattr(bfloat16, "dtype_table", lambda study: asked.append(study) or table)
+    monkeypatch.setattr(bfloat16, "dtype_table", lambda study: asked.append(study) or table_of(study))
     assert bfloat16.main(["--output", str(tmp_path)]) == 0
-    assert len(pd.read_csv(tmp_path / "bfloat16.csv")) == 1 and "ndcg_other" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "bfloat16.csv")
+    systems = set(table["system"])
+    assert {"DiffRetriever multi", "PromptReps single", "DiffEmbed"} <= systems and "BM25" not in systems
+    assert np.allclose(table["difference"], table["ndcg_other"] - table["ndcg_reference"], atol=1e-5)
+    assert table["ndcg_reference"].between(0, 1).all() and "DiffEmbed" in capsys.readouterr().out
     dtypes = {name: other.backbone("diffusion").dtype for name, other in departures.dtype_studies(asked[0]).items()}
     assert dtypes == {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

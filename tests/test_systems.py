@@ -368,8 +368,11 @@ def test_bm25_by_hand():
         "heap queue heap", "binary tree with queue", "sorted array", "array array array tree", "queue",
         "unrelated words",
     ]  # fmt: skip
-    stem = Stemmer.Stemmer("english").stemWord
-    terms = [[stem(word) for word in passage.split() if word != "with"] for passage in passages]
+    terms = [["heap", "queue", "heap"], ["binari", "tree", "queue"], ["sort", "array"],
+             ["array", "array", "array", "tree"], ["queue"], ["unrel", "word"]]  # fmt: skip
+    stem = Stemmer.Stemmer("english")
+    words = [[w for w in p.split() if w != "with"] for p in passages]
+    assert [[stem.stemWord(w) for w in row] for row in words] == terms
     system = BM25()
     index = system.encode_passages(passages)
     queries = system.encode_queries(["heap queue", "arrays, TREES and arrays", "nothing known", ""])

@@ -26,7 +26,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from diffret_lib.addresses import address
 from diffret_lib.cache import cache_dir, fetch, file_sha256, remember
-from diffret_lib.config import data_folders, data_root
+from diffret_lib.config import data_folders, rows_file
 from diffret_lib.data.checks import identifier, judge, numbered_lines
 from diffret_lib.data.collection import FEATURES, Collection, Column, contains_run, words
 from diffret_lib.data.protocols import Download, Published, Repository, published
@@ -110,23 +110,22 @@ def in_cache(found: Published) -> bool:
     return (cache_dir() / "texts" / _address(source, _passage)).is_dir()
 
 
-def load_training_rows(path: str | Path | None = None) -> Dataset:
+def load_training_rows(rows: str | Path = TRAINING_ROWS.hub) -> Dataset:
     """Load rows to train on, memory-mapped: columns query_id, query, positives and negatives (lists of texts).
 
-    ``path`` is a file of JSON lines (also ``.gz``) as Tevatron has them: ``query_id``, ``query``, and the lists
+    ``rows`` is a file of JSON lines (also ``.gz``) as Tevatron has them: ``query_id``, ``query``, and the lists
     ``positive_passages`` and ``negative_passages`` of passages, whose ``title`` and ``text`` are joined with a space.
-    Without it they are ``msmarco-passage-aug/train.jsonl.gz`` in the folder ``DIFFRET_DATA``, or
-    :data:`TRAINING_ROWS` of the hub.
+    :data:`TRAINING_ROWS` are by default those of the hub, or of the folder ``DIFFRET_DATA``
+    (:func:`~diffret_lib.config.rows_file`).
 
     FileNotFoundError: there is no such file, or the hub cannot be reached.  ValueError, naming file and line: malformed
     JSON, missing keys, an id that occurs twice, a query without text or without positives.
     """
-    hub, file = TRAINING_ROWS, "train.jsonl.gz"
-    mirror = data_root() and data_root() / hub.hub.partition("/")[2] / file
-    path = path or (mirror if mirror and mirror.is_file() else None)
-    if path and not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}: training.rows names one of Tevatron's rows, or {hub.hub}")
-    return _stored(_file(Path(path)) if path else _hub(hub, file), ROW, _training_row)[0]
+    file = rows_file(rows)
+    if file is None and rows != TRAINING_ROWS.hub:
+        message = f"there is no file {rows}: training.rows names one of Tevatron's rows, or {TRAINING_ROWS.hub}"
+        raise FileNotFoundError(message)
+    return _stored(_file(file) if file else _hub(TRAINING_ROWS, "train.jsonl.gz"), ROW, _training_row)[0]
 
 
 def _file(path: Path) -> Source:

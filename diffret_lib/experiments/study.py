@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -210,8 +209,7 @@ class Study:
         """
         n, seed, parts = self.profile.training.negatives, self.profile.seed, []
         if (path := self.profile.training.rows) is not None:
-            rows = load_training_rows(None if path == TRAINING_ROWS.hub else CHECKOUT / os.path.expanduser(path))
-            return published_rows(rows, path, n, seed)
+            return published_rows(load_training_rows(path), path, n, seed)
         bm25, zero_shot = BM25(), self.diffretriever(*self.selected)
         for size in self.profile.training.collections:
             collection = self.sampled(size.collection, size)

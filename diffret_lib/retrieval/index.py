@@ -159,20 +159,24 @@ class PassageIndex:
 
 
 def _save(part: Representations, folder: Path, storage: str) -> None:
-    narrow, codes, scales = part.dense is not None and storage != "float32", part.dense, None
-    (Representations(None, part.lengths, part.sparse, part.origin) if narrow else part).save(folder)
-    with np.errstate(over="ignore", invalid="ignore"):  # found below
-        if narrow and storage == "int8":
-            scales = np.abs(part.dense).max(-1, initial=0) / np.float32(127)
-            codes = np.rint(part.dense / np.where(scales > 0, scales, 1)[..., None]).astype(np.int8)
-        elif narrow:
-            codes = part.dense.astype(np.float16)
-    if codes is not None and not np.isfinite(codes if scales is None else scales).all():
+    arrays = {} if part.dense is None else _stored(part.dense, storage)
+    if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ValueError(f"shard {folder.name} has vectors that are not finite as {storage}")
-    if narrow:
-        np.save(folder / "codes.npy", codes)
-    if scales is not None:
-        np.save(folder / "scales.npy", scales)
+    Representations(None, part.lengths, part.sparse, part.origin).save(folder)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+
+
+def _stored(dense: np.ndarray, storage: str) -> dict[str, np.ndarray]:
+    """Dense vectors as they are stored, by the names of their files; what is not finite stays so."""
+    if storage == "float32":
+        return {"dense": dense}
+    with np.errstate(over="ignore", invalid="ignore"):
+        if storage == "float16":
+            return {"codes": dense.astype(np.float16)}
+        scales = np.abs(dense).max(-1, initial=0) / np.float32(127)
+        codes = np.rint(dense / np.where(scales > 0, scales, 1)[..., None]).astype(np.int8)
+        return {"codes": codes, "scales": scales}
 
 
 def _mapped(folder: Path) -> tuple[np.ndarray | None, np.ndarray | None]:

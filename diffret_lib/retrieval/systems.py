@@ -149,9 +149,8 @@ class Retriever(System):
         settings = {k: v for k, v in self.reader.get_config_dict().items() if other not in k}
         backbone, model = (self.backbone.fingerprint, self.backbone.device.type), type(self.backbone.model)
         own = [model] if model.__module__.startswith("diffret_lib.") else []  # the others are in the versions
-        exact = torch.get_float32_matmul_precision() == "highest"
-        rounded = [] if exact else [torch.get_float32_matmul_precision()]
-        return address([encode_shard, type(self.reader), *own], side, settings, self.batch_tokens, *backbone, *rounded)
+        how = settings, self.batch_tokens, torch.get_float32_matmul_precision()
+        return address([encode_shard, type(self.reader), *own], side, *how, *backbone)
 
     def encode(self, texts: Sequence[str], side: Side, cached: bool = False, progress: bool = True) -> Representations:
         """Dense vectors and sparse weights of texts; TypeError: ``texts`` is one str, or holds anything else than str.
